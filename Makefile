@@ -1,0 +1,39 @@
+# Everything runs in environments of its own, made from PyPI: nothing is installed elsewhere.
+PYTHON ?= python3
+export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
+SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/* etc/avocado/conf.d/*)
+
+.PHONY: help demo check lint types test clean
+
+help:  ## List these targets.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: .venv/made  ## See the lock at work with real jobs.
+	.venv/bin/python tests/demo.py
+
+check: lint types test  ## Run all that CI runs.
+
+lint: .venv/made  ## Check style and formatting.
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+types: .venv/made  ## Check types.
+	.venv/bin/mypy
+
+test: .venv/made .venv-103/made  ## Run the tests, and those with jobs once more on Avocado 103.0.
+	.venv/bin/pytest
+	.venv-103/bin/pytest tests/test_plugin.py
+
+clean:  ## Remove what the other targets make.
+	rm -rf .venv .venv-* build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
+
+.venv/made: AVOCADO := 113
+.venv-103/made: AVOCADO := 103
+.venv/made .venv-103/made: $(SOURCES) tests/avocado-103.txt tests/avocado-113.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet --no-deps --requirement tests/avocado-$(AVOCADO).txt
+	$(@D)/bin/pip install --quiet --group dev
+	$(@D)/bin/pip install --quiet --force-reinstall --no-deps --no-build-isolation .
+	rm -rf build *.egg-info
+	touch $@

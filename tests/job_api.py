@@ -1,0 +1,32 @@
+"""A job made with the Job API: ``job_api.py CONFIG RECIPE...``, a suite for each recipe.
+
+CONFIG is JSON: what the caller passes as the job's configuration. It prints what ``Job.run()``
+returns, and exits with that.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from avocado.core.job import Job
+from avocado.core.nrunner.runnable import Runnable
+from avocado.core.suite import TestSuite
+
+
+def main(config, *recipes):
+    suites = []
+    for recipe in recipes:
+        runnable = json.loads(Path(recipe).read_text())
+        arguments = runnable.get("args", [])
+        test = Runnable(runnable["kind"], runnable["uri"], *arguments, **runnable["kwargs"])
+        suites.append(TestSuite(name=Path(recipe).stem, tests=[test]))
+    # A suite that nobody has resolved has None for tests.
+    suites.append(TestSuite(name="unresolved", enabled=False))
+    with Job({"core.show": ["app"], **json.loads(config)}, suites) as job:
+        code = job.run()
+    print(f"returned {code}", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""What one lock does, and a second beside it."""
+
+import hashlib
+import os
+import re
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from avocado_vt_joblock.lock import LockError, LockHeldError
+
+JOB_ID = "0123456789abcdef0123456789abcdef01234567"
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_lock_file(directory, new_lock):
+    umask = os.umask(0o077)
+    try:
+        lock = new_lock(JOB_ID)
+        lock.acquire()
+    finally:
+        os.umask(umask)
+    (name,) = names(directory)
+    assert re.fullmatch(rf"avocado-vt-joblock-{JOB_ID}-{os.getuid()}-[0-9a-z]{{8}}\.pid", name)
+    assert lock.path == str(directory / name)
+    # As avocado-vt reads it.
+    assert int(Path(lock.path).read_text()) == os.getpid()
+    assert stat.S_IMODE(Path(lock.path).stat().st_mode) == 0o644
+
+
+def test_release_removes_the_file(directory, new_lock, warnings):
+    lock = new_lock()
+    lock.acquire()
+    lock.release()
+    assert names(directory) == []
+    lock.release()
+    assert warnings == []
+
+
+def test_release_without_the_lock_does_nothing(directory, new_lock, warnings):
+    lock = new_lock()
+    lock.release()
+    assert names(directory) == []
+    assert warnings == []
+
+
+def test_held_lock_turns_away(directory, new_lock):
+    before = time.time()
+    first = new_lock(JOB_ID)
+    first.acquire()
+    second = new_lock()
+    with pytest.raises(LockHeldError) as caught:
+        second.acquire()
+    holder = caught.value.holder
+    assert (holder.path, holder.pid, holder.job_id) == (first.path, os.getpid(), JOB_ID)
+    assert holder.user == Path(first.path).owner()
+    assert before - 1 < holder.since < time.time() + 1
+    assert names(directory) == [Path(first.path).name]
+    first.release()
+    second.acquire()
+    assert names(directory) == [Path(second.path).name]
+
+
+@pytest.mark.parametrize(
+    "job_id", [JOB_ID.upper(), "nightly #7", "../../etc", "é\udc80", "0x" + "1" * 38]
+)
+def test_any_job_id_makes_a_name_that_others_honour(directory, new_lock, job_id):
+    lock = new_lock(job_id)
+    lock.acquire()
+    if len(job_id) == 40 and not job_id.startswith("0x"):
+        expected = job_id.lower()
+    else:
+        expected = hashlib.sha1(job_id.encode(errors="surrogatepass")).hexdigest()
+    (name,) = names(directory)
+    assert name.startswith(f"avocado-vt-joblock-{expected}-{os.getuid()}-")
+    with pytest.raises(LockHeldError):
+        new_lock().acquire()
+
+
+def test_one_job_id_twice(directory, new_lock):
+    # Avocado takes a job id from its user too.
+    new_lock(JOB_ID).acquire()
+    with pytest.raises(LockHeldError):
+        new_lock(JOB_ID).acquire()
+
+
+def test_directory_by_another_path_is_the_same(directory, new_lock, tmp_path):
+    (tmp_path / "link").symlink_to(directory)
+    new_lock().acquire()
+    other = new_lock()
+    other._directory = str(tmp_path / "link")
+    with pytest.raises(LockHeldError) as caught:
+        other.acquire()
+    assert caught.value.holder.path.startswith(str(tmp_path / "link"))
+
+
+def test_other_directories_are_other_locks(directory, new_lock, tmp_path):
+    new_lock().acquire()
+    (tmp_path / "other").mkdir()
+    other = new_lock()
+    other._directory = str(tmp_path / "other")
+    other.acquire()
+    assert len(names(directory)) == len(names(tmp_path / "other")) == 1
+
+
+def test_missing_directory_is_not_created(directory, new_lock):
+    directory.rmdir()
+    with pytest.raises(LockError, match=f"{directory} does not exist. Create it"):
+        new_lock().acquire()
+    assert not directory.exists()
+
+
+def test_file_for_a_directory(directory, new_lock):
+    directory.rmdir()
+    directory.touch()
+    with pytest.raises(LockError, match=f"{directory} is not a directory"):
+        new_lock().acquire()

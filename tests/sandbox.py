@@ -1,0 +1,210 @@
+"""A HOME of its own in which the real Avocado runs real VT tests, without QEMU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+AVOCADO = int(metadata.version("avocado-framework").split(".")[0])
+AVOCADO_READS_RECIPES = AVOCADO >= 105
+LOCK_GLOB = "avocado-vt-joblock-*.pid"
+#: How long anything may take before it counts as a hang, in seconds.
+HANG = 120
+
+
+class Sandbox:
+    """A user's home with a VT test provider, a lock directory, and the commands that use them.
+
+    :param root: an empty directory
+    """
+
+    python = sys.executable
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.home = root / "home"
+        self.lock_dir = root / "locks"
+        self.config = self.home / ".config/avocado/avocado.conf"
+        self.processes: list[subprocess.Popen[str]] = []
+        self.prefix: list[str] = []
+        vt_data = self.home / "avocado/data/avocado-vt"
+        providers = vt_data / "virttest/test-providers.d"
+        downloads = vt_data / "virttest/test-providers.d/downloads"
+        for directory in (self.lock_dir, self.config.parent, providers, downloads):
+            directory.mkdir(parents=True)
+        (downloads / "keep").touch()
+        # avocado-vt starts these before each test, though here are no guests for them.
+        self.bin = root / "bin"
+        self.bin.mkdir()
+        for program in ("qemu-kvm", "tcpdump"):
+            (self.bin / program).symlink_to(shutil.which("true") or "/bin/true")
+        shutil.copytree(HERE / "vt_provider", root / "provider")
+        (providers / "sandbox.ini").write_text(
+            f"[provider]\nuri: file://{root}/provider\n[qemu]\nsubdir: qemu/\n"
+        )
+        self.configure(f"[plugins.vtjoblock]\ndir = {self.lock_dir}\n")
+
+    def configure(self, text: str) -> None:
+        """Replace the user's avocado.conf."""
+        self.config.write_text(text)
+
+    def belong_to(self, uid: int) -> None:
+        """Make this the sandbox of another user; only root can.
+
+        The interpreter may lie in root's home: so the user may read everything, but not write.
+        """
+        for path in [self.root, *self.root.rglob("*")]:
+            os.chown(path, uid, uid, follow_symlinks=False)
+        user = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        capability = "+dac_read_search"
+        self.prefix = ["setpriv", *user, f"--inh-caps={capability}", f"--ambient-caps={capability}"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables for a process in this sandbox."""
+        path = f"{self.bin}:{Path(self.python).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        return {"HOME": str(self.home), "PATH": path, "LC_ALL": "C.UTF-8", "TMPDIR": str(self.root)}
+
+    def locks(self) -> list[Path]:
+        """The lock files that are there."""
+        return sorted(self.lock_dir.glob(LOCK_GLOB))
+
+    def popen(self, *command: str | Path, **options: object) -> subprocess.Popen[str]:
+        """Start a command in the sandbox; :meth:`close` ends it with all that it started."""
+        defaults = {"env": self.environment, "cwd": self.root, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(
+            [*self.prefix, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            **{**defaults, **options},  # type: ignore[call-overload]
+        )
+        self.processes.append(process)
+        return process
+
+    def avocado(self, *arguments: str | Path, **options: object) -> subprocess.Popen[str]:
+        """Start Avocado."""
+        return self.popen(self.python, "-m", "avocado", *arguments, **options)
+
+    def output(self, *arguments: str | Path) -> str:
+        """Run Avocado, and return what it prints when it succeeds."""
+        code, text = finish(self.avocado(*arguments))
+        assert code == 0, text
+        return text
+
+    def vt_test(self, name: str, outcome: str = "pass") -> VTTest:
+        """Make a VT test."""
+        return VTTest(self, name, outcome)
+
+    def run(self, *tests: VTTest | Path, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """Start ``avocado run``, or what comes nearest where that does not read recipes."""
+        references = [test.recipe if isinstance(test, VTTest) else test for test in tests]
+        if AVOCADO_READS_RECIPES:
+            return self.avocado("run", "--disable-sysinfo", *options, "--", *references)
+        assert not options
+        return self.job_api({}, *references)
+
+    def job_api(
+        self, config: dict[str, object], *references: VTTest | Path
+    ) -> subprocess.Popen[str]:
+        """Start a job by the Job API with a suite for each test."""
+        recipes = [test.recipe if isinstance(test, VTTest) else test for test in references]
+        return self.popen(self.python, HERE / "job_api.py", json.dumps(config), *recipes)
+
+    def close(self) -> None:
+        """End what is still running."""
+        for process in self.processes:
+            # Its whole session: a job's tests are processes of their own.
+            for pid in session(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream:
+                    stream.close()
+
+
+class VTTest:
+    """A VT test that runs until told to end.
+
+    :param sandbox: where it runs
+    :param name: its name
+    :param outcome: ``pass`` or ``fail``
+    """
+
+    def __init__(self, sandbox: Sandbox, name: str, outcome: str) -> None:
+        self.record = sandbox.root / f"{name}.record"
+        self.until = sandbox.root / f"{name}.until"
+        self.recipe = sandbox.root / f"{name}.json"
+        parameters = {
+            "name": name,
+            "shortname": name,
+            "vm_type": "qemu",
+            "type": "hold",
+            "provider": "sandbox",
+            "vms": "",
+            "start_vm": "no",
+            "not_preprocess": "yes",
+            "main_vm": "vm1",
+            "nettype": "user",
+            "record": str(self.record),
+            "until": str(self.until),
+            "outcome": outcome,
+        }
+        self.recipe.write_text(
+            json.dumps({"kind": "avocado-vt", "uri": name, "kwargs": parameters})
+        )
+
+    def end(self) -> None:
+        """Let the test end, now or as soon as it runs."""
+        self.until.touch()
+
+    def notes(self) -> list[tuple[str, float]]:
+        """What the test has recorded: pairs of ``begin`` or ``end`` and seconds."""
+        lines = self.record.read_text().splitlines() if self.record.exists() else []
+        return [(what, float(when)) for what, when in map(str.split, lines)]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has started to run."""
+        return bool(self.notes())
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a process to end, and return its exit code and what it printed."""
+    text, _ = process.communicate(timeout=HANG)
+    return process.returncode, text
+
+
+def wait_for(what: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until something is so; fail when the process that is to bring it about ends before."""
+    deadline = time.monotonic() + HANG
+    while not what():
+        if process and process.poll() is not None and not what():
+            raise AssertionError(f"ended too early: {finish(process)}")
+        if time.monotonic() > deadline:
+            if process:
+                process.kill()
+            raise AssertionError(f"waited for too long: {process and finish(process)}")
+        time.sleep(0.02)
+
+
+def session(leader: int) -> Iterator[int]:
+    """The processes of a session other than its leader."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != leader:
+            try:
+                if os.getsid(int(entry.name)) == leader:
+                    yield int(entry.name)
+            except ProcessLookupError:
+                continue

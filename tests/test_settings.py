@@ -1,0 +1,180 @@
+"""The option and the config file, in every place where pip puts them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+
+import pytest
+from sandbox import AVOCADO, HERE
+
+DISTRIBUTION = "avocado-framework-plugin-vt-joblock"
+CONFIG_FILE = "etc/avocado/conf.d/vt_joblock.conf"
+PROJECT = HERE.parent
+AVOCADO_PACKAGES = (f"avocado-framework=={AVOCADO}.0", "setuptools>=77,<81")
+
+
+def pip(python, *arguments, **options):
+    command = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(
+        [str(word) for word in command],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """A copy of what the package is built from, since a build leaves files beside it."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.rst", "LICENSE"):
+        shutil.copy(PROJECT / name, copy)
+    for name in ("avocado_vt_joblock", "etc"):
+        shutil.copytree(PROJECT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def installed(source, tmp_path_factory):
+    """The interpreter of an environment that has Avocado and this package, and no avocado-vt."""
+    directory = tmp_path_factory.mktemp("environment")
+    directory.chmod(0o755)
+    venv.create(directory, with_pip=True, symlinks=True)
+    python = directory / "bin/python"
+    pip(python, "install", *AVOCADO_PACKAGES)
+    pip(python, "install", "--no-build-isolation", "--no-deps", source)
+    return python
+
+
+def config_files(text):
+    """The config files that ``avocado config`` says it has read, in order."""
+    return re.findall(r"^    \* (.*)$", text, re.MULTILINE)
+
+
+def ours(text):
+    return [path for path in config_files(text) if path.endswith(CONFIG_FILE)]
+
+
+def setting(text):
+    (value,) = re.findall(r"^    plugins\.vtjoblock\.dir +(.*)$", text, re.MULTILINE)
+    return value
+
+
+def test_only_avocado_is_required(installed):
+    script = (
+        "from importlib.metadata import *; print(*requires('avocado-framework-plugin-vt-joblock'))"
+    )
+    done = subprocess.run([installed, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["avocado-framework>=103.0"]
+
+
+def test_listed_and_documented_without_avocado_vt(sandbox, installed):
+    sandbox.python = installed
+    assert "vt-joblock " in sandbox.output("plugins")
+    reference = sandbox.output("config", "reference")
+    entry = reference.split("plugins.vtjoblock.dir\n", 1)[1]
+    assert "its own. It must exist, and Avocado needs permission to write in it." in " ".join(
+        entry.split("\n\n")[0].split()
+    )
+    assert "* Default: /tmp\n" in entry
+
+
+def test_default_is_tmp(sandbox, installed):
+    sandbox.python = installed
+    sandbox.configure("")
+    assert setting(sandbox.output("config")) == "/tmp"
+
+
+def test_config_file_in_an_environment_called_by_its_path(sandbox, installed):
+    sandbox.python = installed
+    text = sandbox.output("config")
+    assert ours(text) == [str(installed.parent.parent / CONFIG_FILE)]
+    assert setting(text) == str(sandbox.lock_dir)
+
+
+def test_config_file_in_an_activated_environment(sandbox, installed):
+    sandbox.python = installed
+    prefix = installed.parent.parent
+    local = prefix / ".config/avocado/avocado.conf"
+    local.parent.mkdir(parents=True)
+    local.write_text("[plugins.vtjoblock]\ndir = /of/the/environment\n")
+    main = prefix / "etc/avocado/avocado.conf"
+    main.write_text("[plugins.vtjoblock]\ndir = /of/the/system\n")
+    command = f". {prefix}/bin/activate && avocado config"
+    try:
+        text = subprocess.check_output(command, shell=True, text=True, env=sandbox.environment)
+        assert ours(text) == [str(prefix / CONFIG_FILE)]
+        assert setting(text) == "/of/the/environment"
+        local.unlink()
+        text = subprocess.check_output(command, shell=True, text=True, env=sandbox.environment)
+        assert setting(text) == "/of/the/system"
+    finally:
+        local.unlink(missing_ok=True)
+        main.unlink()
+
+
+def test_config_file_of_a_user_installation(sandbox, source, tmp_path):
+    # pip installs for the user only where the user's packages are visible.
+    venv.create(tmp_path, with_pip=True, symlinks=True, system_site_packages=True)
+    sandbox.python = tmp_path / "bin/python"
+    pip(sandbox.python, "install", *AVOCADO_PACKAGES)
+    options = ["--user", "--no-build-isolation", "--no-deps"]
+    environment = {**os.environ, "HOME": str(sandbox.home)}
+    pip(sandbox.python, "install", *options, source, env=environment)
+    text = sandbox.output("config")
+    assert ours(text) == [str(sandbox.home / ".local" / CONFIG_FILE)]
+    assert setting(text) == str(sandbox.lock_dir)
+
+
+def test_config_file_has_the_setting_and_a_comment(sandbox, installed):
+    sandbox.python = installed
+    sandbox.configure("")
+    file = installed.parent.parent / CONFIG_FILE
+    text = file.read_text()
+    assert re.search(r"^\[plugins\.vtjoblock\]$", text, re.MULTILINE)
+    assert re.search(r"^# .*permission to write", text, re.MULTILINE)
+    try:
+        file.write_text(text.replace("dir=/tmp", "dir=/somewhere/else"))
+        assert setting(sandbox.output("config")) == "/somewhere/else"
+    finally:
+        file.write_text(text)
+
+
+def test_command_line_file_wins(sandbox, installed):
+    sandbox.python = installed
+    file = sandbox.root / "extra.conf"
+    file.write_text("[plugins.vtjoblock]\ndir = /of/the/command/line\n")
+    assert setting(sandbox.output("--config", file, "config")) == "/of/the/command/line"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can put a file in /etc for one process")
+def test_system_file_wins(sandbox, installed):
+    sandbox.python = installed
+    sandbox.configure("")
+    etc = sandbox.root / "etc"
+    shutil.copytree("/etc", etc, symlinks=True, ignore_dangling_symlinks=True)
+    (etc / "avocado/conf.d").mkdir(parents=True, exist_ok=True)
+    (etc / "avocado/conf.d/site.conf").write_text("[plugins.vtjoblock]\ndir = /of/the/system\n")
+    sandbox.prefix = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        f'mount --bind {etc} /etc && exec "$@"',
+        "-",
+    ]
+    assert setting(sandbox.output("config")) == "/of/the/system"
+
+
+def test_start_up_loads_nothing_but_the_settings(sandbox):
+    script = "import sys, avocado; print([n for n in sys.modules if n.startswith('avocado_vt_jo')])"
+    text = subprocess.check_output(
+        [sys.executable, "-c", script], text=True, env=sandbox.environment
+    )
+    assert text.splitlines()[-1] == "['avocado_vt_joblock', 'avocado_vt_joblock.settings']"
