@@ -1,9 +1,9 @@
 # Everything runs in environments of its own, made from PyPI: nothing is installed elsewhere.
 PYTHON ?= python3
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
-SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/* etc/avocado/conf.d/*)
+SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
 
-.PHONY: help demo check lint types test clean
+.PHONY: help demo check lint types test stress clean
 
 help:  ## List these targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +23,9 @@ types: .venv/made  ## Check types.
 test: .venv/made .venv-103/made  ## Run the tests, and those with jobs once more on Avocado 103.0.
 	.venv/bin/pytest
 	.venv-103/bin/pytest tests/test_plugin.py
+
+stress: .venv/made  ## Run the tests of the lock and of many jobs with 100 times the rounds: hours.
+	.venv/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_jobs.py
 
 clean:  ## Remove what the other targets make.
 	rm -rf .venv .venv-* build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache

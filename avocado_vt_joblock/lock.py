@@ -19,13 +19,11 @@ whose maker took no flock, as avocado-vt does, is judged by its PID.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import fcntl
 import hashlib
 import os
-import pwd
 import random
 import re
 import string
@@ -49,8 +47,8 @@ _NAME = re.compile(
 )
 # The empty line after the PID tells that its writer holds a flock on the file for as long as it
 # lives. avocado-vt, which reads the PID with int(), does not mind it.
-_CONTENT = re.compile(rb"(?P<pid>[0-9]{1,10})(?:(?P<flocked>\n\n)|\s*)")
-_CONTENT_LIMIT = 64
+_CONTENT = re.compile(rb"(?P<pid>[0-9]{1,10})(?:(?P<writer_flocks>\n\n)|\s{0,9})")
+_CONTENT_LIMIT = 32
 _PID_LIMIT = 2**31
 
 
@@ -65,8 +63,8 @@ class Holder(NamedTuple):
     path: str
     #: The process, by its number in its own PID namespace; None where the file does not tell.
     pid: int | None
-    #: The name of the file's owner, or its number where it has no name here.
-    user: str
+    #: The file's owner.
+    uid: int
     #: 40 hexadecimal digits.
     job_id: str
     #: When the lock file was written, in seconds since the Epoch.
@@ -103,6 +101,7 @@ class JobLock:
         self._warn = warn
         self._dir_fd: int | None = None
         self._fd: int | None = None
+        self._held = False
 
     @property
     def path(self) -> str:
@@ -120,16 +119,20 @@ class JobLock:
         """
         try:
             dir_fd = self._open_directory()
-            with _guard(dir_fd) as guarded:
-                self._publish(dir_fd)
-                self._look_at_others(dir_fd, guarded)
+            guarded = _guard(dir_fd)
+            self._publish(dir_fd)
+            self._look_at_others(dir_fd, guarded)
         except BaseException as error:
+            # The file goes before the guard: nobody shall be turned away by one who gives up.
             self._withdraw()
             if isinstance(error, OSError):
-                raise LockError(f"{self.path}: {error.strerror}.") from error
+                raise LockError(
+                    f"{self.path}: {error.strerror}. Correct that, or set another lock directory."
+                ) from error
             raise
-        # For an end that release() does not come before: a second Ctrl-C, for example.
-        atexit.register(self.release)
+        with contextlib.suppress(OSError):
+            fcntl.flock(dir_fd, fcntl.LOCK_UN)
+        self._held = True
 
     def release(self) -> None:
         """Remove the lock file and let go of the lock; without the lock, do nothing.
@@ -137,25 +140,21 @@ class JobLock:
         What goes wrong is warned of, not raised: the file is no longer in place, so that other
         jobs may have run at the same time, or it cannot be removed.
         """
-        if self._fd is None:
-            return
-        if not self._in_place():
-            self._warn(
-                f"The lock file {self.path} was removed or replaced while the job ran. Other jobs "
-                "may have run at the same time and changed the files that it used. Find out what "
-                "did it: a cleaner of temporary files, for example."
-            )
-        try:
-            os.unlink(self._name, dir_fd=self._dir_fd)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
+        # When a signal interrupts this it may be called again: then the file may well be gone.
+        if self._held:
+            self._held = False
+            if not self._in_place():
+                self._warn(
+                    f"The lock file {self.path} was removed or replaced while the job ran. Other "
+                    "jobs may have run at the same time and changed the files that it used. Find "
+                    "out what did it: a cleaner of temporary files, for example."
+                )
+        error = self._withdraw()
+        if error:
             self._warn(
                 f"The lock file {self.path} could not be removed: {error.strerror}. It stops "
                 "nobody: the next job that may remove it will."
             )
-        self._close()
-        atexit.unregister(self.release)
 
     def _open_directory(self) -> int:
         try:
@@ -168,9 +167,10 @@ class JobLock:
             raise LockError(
                 f"the lock directory {self._directory} is not a directory. Set another."
             ) from error
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            # A ValueError is about characters that no path can have.
             raise LockError(
-                f"the lock directory {self._directory} cannot be opened: {error.strerror}. "
+                f"the lock directory {self._directory!r} cannot be opened: {error}. "
                 "Correct that, or set another."
             ) from error
         _open_locks.add(self)
@@ -204,26 +204,40 @@ class JobLock:
         os.rename(unpublished, self._name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
 
     def _look_at_others(self, dir_fd: int, guarded: bool) -> None:
-        with os.scandir(dir_fd) as entries:
-            similar = {entry.name: entry for entry in entries if entry.name.startswith(_PREFIXES)}
+        # By a descriptor of its own: on some file systems one shows only what was there when it was
+        # opened, which dir_fd was before the lock file was published.
+        listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
+        try:
+            with os.scandir(listing) as entries:
+                similar = {
+                    entry.name: entry for entry in entries if entry.name.startswith(_PREFIXES)
+                }
+        finally:
+            os.close(listing)
         if similar.pop(self._name, None) is None:
             raise LockError(f"the lock file {self.path} was removed. Find out what did it.")
+        strange = []
         removed = 0
         for name, entry in similar.items():
             match = _NAME.fullmatch(name)
             if not match:
                 continue
             if not entry.is_file(follow_symlinks=False):
-                self._warn(f"{self._path_of(name)} is no lock, since it is no regular file.")
+                strange.append(name)
             elif not match["unpublished"]:
                 removed += self._look_at_lock(dir_fd, name, match["job_id"])
             elif guarded:
                 # Without the guard somebody may be about to publish it.
                 _sweep(dir_fd, name)
+        if strange:
+            self._warn(
+                f"Passed over {len(strange)} in {self._directory} that are named like a lock, but "
+                f"are no regular files, so that no job made them. One is {strange[0]}."
+            )
         if removed:
             self._warn(
-                f"Removed {removed} stale lock(s) from {self._directory}: the jobs were killed. "
-                "Tests and guests that they started may still be running."
+                f"Removed {removed} stale lock(s) from {self._directory}. Their jobs were killed: "
+                "tests and guests that they started may still be running."
             )
 
     def _look_at_lock(self, dir_fd: int, name: str, job_id: str) -> bool:
@@ -244,11 +258,10 @@ class JobLock:
                 f"the lock file {path} cannot be judged: {error.strerror}. "
                 "Remove it if you are sure that no job holds it."
             ) from error
-        match = _CONTENT.fullmatch(content)
-        pid = int(match["pid"]) if match and 0 < int(match["pid"]) < _PID_LIMIT else None
-        if flocked or (pid and match and not match["flocked"] and _may_hold(pid, status.st_mtime)):
-            raise LockHeldError(Holder(path, pid, _user(status.st_uid), job_id, status.st_mtime))
-        if pid is None and not _lost_in_power_cut(content, status):
+        pid, writer_flocks = _parse(content)
+        if flocked or (pid and not writer_flocks and _may_hold(pid, status.st_mtime)):
+            raise LockHeldError(Holder(path, pid, status.st_uid, job_id, status.st_mtime))
+        if not pid and not _lost_in_power_cut(content, status):
             raise LockError(
                 f"the lock file {path} cannot be judged: there is no PID in it. "
                 "Remove it if you are sure that no job holds it."
@@ -258,7 +271,11 @@ class JobLock:
         except FileNotFoundError:
             return False
         except OSError as error:
-            self._warn(f"The stale lock file {path} could not be removed: {error.strerror}.")
+            self._warn(
+                f"The stale lock file {path} could not be removed: {error.strerror}. It stops "
+                "nobody, and its owner's next job will remove it. Its job was killed: tests and "
+                "guests that it started may still be running."
+            )
             return False
         return True
 
@@ -269,20 +286,32 @@ class JobLock:
         except OSError:
             return False
 
-    def _withdraw(self) -> None:
-        """Remove whatever an acquire() that fails has created."""
-        if self._fd is not None:
+    def _withdraw(self) -> OSError | None:
+        """Remove whatever acquire() has created, and close the descriptors.
+
+        :return: why the file could not be removed, if so
+        """
+        failure = None
+        if self._dir_fd is not None:
             for name in (_UNPUBLISHED + self._name, self._name):
-                with contextlib.suppress(OSError):
+                try:
                     os.unlink(name, dir_fd=self._dir_fd)
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    failure = error
         self._close()
+        return failure
 
     def _close(self) -> None:
-        for fd in (self._fd, self._dir_fd):
+        # The directory last, since it ends the guard.
+        fds = (self._fd, self._dir_fd)
+        self._fd = self._dir_fd = None
+        self._held = False
+        for fd in fds:
             if fd is not None:
                 with contextlib.suppress(OSError):
                     os.close(fd)
-        self._fd = self._dir_fd = None
         _open_locks.discard(self)
 
     def _path_of(self, name: str) -> str:
@@ -302,26 +331,23 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-@contextlib.contextmanager
-def _guard(dir_fd: int) -> Iterator[bool]:
-    """Keep other contenders out where that can be had in time; yield whether it could."""
-    guarded = False
+def _guard(dir_fd: int) -> bool:
+    """Keep other contenders out if that can be had in time.
+
+    :param dir_fd: the lock directory; closing it lets the others in
+    :return: whether they are kept out
+    """
     deadline = time.monotonic() + GUARD_TIMEOUT
-    while not guarded:
+    while True:
         try:
             fcntl.flock(dir_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            guarded = True
+            return True
         except BlockingIOError:
             if time.monotonic() > deadline:
-                break
-            time.sleep(0.005)
+                return False
         except OSError:
-            break
-    try:
-        yield guarded
-    finally:
-        if guarded:
-            fcntl.flock(dir_fd, fcntl.LOCK_UN)
+            return False
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -341,6 +367,14 @@ def _is_flocked(fd: int) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def _parse(content: bytes) -> tuple[int | None, bool]:
+    """Read the PID, and whether its process holds a flock as long as it lives."""
+    match = _CONTENT.fullmatch(content)
+    if not match or not 0 < int(match["pid"]) < _PID_LIMIT:
+        return None, False
+    return int(match["pid"]), match["writer_flocks"] is not None
 
 
 def _sweep(dir_fd: int, name: str) -> None:
@@ -386,10 +420,3 @@ def _lost_in_power_cut(content: bytes, status: os.stat_result) -> bool:
 def _boot_time() -> float:
     """Tell when this system started, in seconds since the Epoch by the clock as it is set now."""
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

@@ -47,6 +47,8 @@ class VTJobLockSettings(Settings):
 
     name = "vt-joblock"
     description = "Avocado-VT Job Lock/Unlock config file"
+    # After avocado-vt's, which puts files of its own first.
+    priority = PluginPriority.LAST_RESORT
 
     def adjust_settings_paths(self, paths: list[str]) -> None:
         """Put the installed config file first, so that every other config file wins over it.

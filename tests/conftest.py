@@ -6,6 +6,24 @@ import pytest
 from sandbox import Sandbox
 
 
+def pytest_addoption(parser):
+    parser.addoption("--stress", type=int, default=1, help="do so many times the rounds")
+
+
+@pytest.fixture
+def rounds(request):
+    """Count the rounds of a test: as many as it wants, times what ``--stress`` says."""
+
+    def count(usual):
+        stress = request.config.getoption("--stress")
+        for number in range(usual * stress):
+            if stress > 1 and number % (usual * max(1, stress // 20)) == 0:
+                print(f"  {number // usual}/{stress}", end="", flush=True)
+            yield number
+
+    return count
+
+
 @pytest.fixture
 def sandboxes():
     """Make as many sandboxes as needed, in a directory that other users can enter."""

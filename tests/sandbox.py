@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -58,15 +59,10 @@ class Sandbox:
         self.config.write_text(text)
 
     def belong_to(self, uid: int) -> None:
-        """Make this the sandbox of another user; only root can.
-
-        The interpreter may lie in root's home: so the user may read everything, but not write.
-        """
+        """Make this the sandbox of another user; only root can."""
         for path in [self.root, *self.root.rglob("*")]:
             os.chown(path, uid, uid, follow_symlinks=False)
-        user = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
-        capability = "+dac_read_search"
-        self.prefix = ["setpriv", *user, f"--inh-caps={capability}", f"--ambient-caps={capability}"]
+        self.prefix = run_as(uid)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -180,6 +176,16 @@ class VTTest:
         return bool(self.notes())
 
 
+def run_as(uid: int) -> list[str]:
+    """The prefix of a command to run it as another user.
+
+    The interpreter may lie in root's home: so the user may read everything, but not write.
+    """
+    user = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+    capability = "+dac_read_search"
+    return ["setpriv", *user, f"--inh-caps={capability}", f"--ambient-caps={capability}"]
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Wait for a process to end, and return its exit code and what it printed."""
     text, _ = process.communicate(timeout=HANG)
@@ -200,11 +206,10 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str] | None =
 
 
 def session(leader: int) -> Iterator[int]:
-    """The processes of a session other than its leader."""
+    """The processes of a session other than its leader that have not ended."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != leader:
-            try:
-                if os.getsid(int(entry.name)) == leader:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                # One that nobody has waited for yet has no command line any more.
+                if os.getsid(int(entry.name)) == leader and (entry / "cmdline").read_bytes():
                     yield int(entry.name)
-            except ProcessLookupError:
-                continue

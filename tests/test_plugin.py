@@ -1,5 +1,6 @@
 """Real jobs with real VT tests: what the plugin promises to the users of Avocado."""
 
+import fcntl
 import json
 import os
 import re
@@ -9,13 +10,18 @@ import subprocess
 import sys
 
 import pytest
-from sandbox import AVOCADO, AVOCADO_READS_RECIPES, finish, wait_for
+from sandbox import AVOCADO, AVOCADO_READS_RECIPES, HERE, finish, session, wait_for
 
 FAILURE = "Failure trying to set Avocado-VT job lock: "
 NAME = re.compile(r"avocado-vt-joblock-([0-9a-f]{40})-(\d+)-[0-9a-z]{8}\.pid")
 
 # Belongs to nobody.
 SOME_USER = 54321
+
+pytestmark = pytest.mark.skipif(
+    AVOCADO < 105 and sys.version_info >= (3, 13),
+    reason=f"avocado-vt {AVOCADO} imports pipes, which is gone from Python 3.13",
+)
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
 needs_recipes = pytest.mark.skipif(
@@ -90,7 +96,8 @@ def test_second_job_is_turned_away(sandbox):
     job_id = NAME.fullmatch(lock.name)[1]
     for told in (str(lock), str(job.pid), job_id, "Wait", "plugins.vtjoblock.dir"):
         assert told in text
-    user = subprocess.check_output(["id", "-un"], text=True).strip()
+    user = subprocess.run(["id", "-un"], check=False, capture_output=True, text=True).stdout.strip()
+    user = user or os.getuid()
     assert re.search(rf"user: +{user}$", text, re.MULTILINE)
     since = subprocess.check_output(
         ["date", "-r", lock, "+%Y-%m-%d %H:%M:%S"], text=True, env=sandbox.environment
@@ -122,6 +129,36 @@ def test_released_after_a_signal(sandbox, signum):
     code, text = finish(job)
     assert code != 0, text
     assert sandbox.locks() == []
+    assert list(session(job.pid)) == []
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=needs_recipes)]
+)
+def test_released_after_a_signal_to_all(sandbox, signum):
+    # As by Ctrl-C in a terminal, and once more by the impatient.
+    job, _ = start(sandbox)
+    os.killpg(job.pid, signum)
+    wait_for(lambda: job.poll() is not None or not list(session(job.pid)))
+    job.send_signal(signum)
+    code, text = finish(job)
+    assert code != 0, text
+    assert sandbox.locks() == []
+    assert list(session(job.pid)) == []
+
+
+@needs_recipes
+def test_test_that_outlives_its_job_is_ended(sandbox):
+    test = sandbox.vt_test("endless")
+    job = sandbox.run(test, options=["--job-timeout=4"])
+    wait_for(lambda: test.has_begun, job)
+    code, text = finish(job)
+    assert code == 8, text
+    assert re.search(r"Killed tests of the job that still ran \(PIDs \d+", text)
+    assert list(session(job.pid)) == []
+    assert sandbox.locks() == []
+    assert_runs(sandbox, "next")
+    assert [what for what, _ in test.notes()] == ["begin"]
 
 
 def test_leftover_of_a_killed_job_is_removed(sandbox):
@@ -269,8 +306,8 @@ def test_home_is_expanded(sandbox):
         ("/nonexistent/locks", "does not exist"),
         ("/etc/passwd", "is not a directory"),
         ("/proc", "cannot be written"),
-        ("locks", "is a relative path"),
-        ("~nobody-of-this-name/locks", "is a relative path"),
+        ("locks", "is no absolute path"),
+        ("~nobody-of-this-name/locks", "is no absolute path"),
         ("", "no lock directory is set"),
     ],
 )
@@ -325,6 +362,83 @@ def test_unexpected_error_stops_the_job(sandbox):
     assert "job.log" in text
 
 
+ODD_INTERRUPTION = """
+import signal, sys, time
+from avocado_vt_joblock import lock
+
+class Interruption(BaseException):
+    pass
+
+def interrupt(signum, frame):
+    raise Interruption("from a signal")
+
+def slow_guard(dir_fd):
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    time.sleep(60)
+
+signal.signal(signal.SIGALRM, interrupt)
+lock._guard = slow_guard
+sys.path.insert(0, sys.argv.pop(1))
+import job_api
+sys.exit(job_api.main(*sys.argv[1:]))
+"""
+
+
+def test_odd_interruption_stops_the_job(sandbox):
+    # Avocado goes on after an exception that it does not know, even one that is no Exception.
+    test = sandbox.vt_test("test")
+    test.end()
+    job = sandbox.popen(sys.executable, "-c", ODD_INTERRUPTION, HERE, "{}", test.recipe)
+    text = assert_turned_away(sandbox, job, test)
+    assert "Interruption: from a signal" in text
+    assert list(sandbox.lock_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", [0, 2**40, 2**62])
+def test_lock_from_any_time_turns_away(sandbox, when):
+    lock = sandbox.lock_dir / f"avocado-vt-joblock-{7:040x}-0-00000007.pid"
+    lock.write_text("7")
+    holder = os.open(lock, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    os.utime(lock, (when, when))
+    test = sandbox.vt_test("test")
+    test.end()
+    text = assert_turned_away(sandbox, sandbox.run(test), test)
+    assert f"file:   {lock}\n" in text
+    os.close(holder)
+
+
+JOB_WITHOUT_POST = """
+import sys
+from avocado.core.job import Job
+sys.path.insert(0, sys.argv.pop(1))
+import job_api
+
+def interrupted(job):
+    raise KeyboardInterrupt
+
+render_results = Job.render_results
+Job.render_results = interrupted
+try:
+    job_api.main(*sys.argv[1:])
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+Job.render_results = render_results
+sys.exit(job_api.main(*sys.argv[1:]))
+"""
+
+
+def test_job_that_ends_without_post_lets_go(sandbox):
+    test = sandbox.vt_test("test")
+    test.end()
+    job = sandbox.popen(sys.executable, "-c", JOB_WITHOUT_POST, HERE, "{}", test.recipe)
+    code, text = finish(job)
+    assert code == 0, text
+    assert "interrupted" in text
+    assert [what for what, _ in test.notes()] == ["begin", "end"] * 2
+    assert sandbox.locks() == []
+
+
 @needs_root
 def test_two_users_with_a_directory_each_run_at_once(sandboxes):
     jobs = []
@@ -357,6 +471,12 @@ def test_two_users_with_one_directory_run_one_after_the_other(sandboxes):
     assert finish(job)[0] == 0
     test.end()
     assert finish(other.run(test))[0] == 0
+
+
+def test_config_file_of_avocado_vt_wins(sandbox):
+    pattern = r"^    \* .*/(.*)/conf\.d/vt_joblock\.conf$"
+    files = re.findall(pattern, sandbox.output("config"), re.MULTILINE)
+    assert files == ["avocado", "avocado_vt"]
 
 
 def test_settings_of_avocado_vt_keep_working(sandbox):

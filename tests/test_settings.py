@@ -13,7 +13,7 @@ from sandbox import AVOCADO, HERE
 DISTRIBUTION = "avocado-framework-plugin-vt-joblock"
 CONFIG_FILE = "etc/avocado/conf.d/vt_joblock.conf"
 PROJECT = HERE.parent
-AVOCADO_PACKAGES = (f"avocado-framework=={AVOCADO}.0", "setuptools>=77,<81")
+AVOCADO_PACKAGES = (f"avocado-framework=={AVOCADO}.0", "setuptools>=77,<80")
 
 
 def pip(python, *arguments, **options):

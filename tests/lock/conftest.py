@@ -1,16 +1,39 @@
 import itertools
+import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from avocado_vt_joblock.lock import JobLock
 
+#: How long a test may take before it counts as a hang, in seconds, without --stress.
+HANG = 300
+
+
+@pytest.fixture(autouse=True)
+def no_hang(request):
+    """Fail what hangs."""
+
+    def fail(signum, frame):
+        pytest.fail("it hangs")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(HANG * request.config.getoption("--stress"))
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
 
 @pytest.fixture
-def directory(tmp_path):
-    """A lock directory."""
-    path = tmp_path / "locks"
-    path.mkdir()
-    return path
+def directory():
+    """A lock directory that is as /tmp: everybody may write, and remove what is their own."""
+    with tempfile.TemporaryDirectory(prefix="vt-joblock-test-") as parent:
+        Path(parent).chmod(0o755)
+        path = Path(parent) / "locks"
+        path.mkdir()
+        path.chmod(0o1777)
+        yield path
 
 
 @pytest.fixture

@@ -1,0 +1,137 @@
+"""Lock files of other processes, live and dead.
+
+As a script ``holders.py DIRECTORY`` is such a process: it tries to take the lock, prints what came
+of it as JSON, and holds the lock until its standard input ends.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+from avocado_vt_joblock.lock import JobLock, LockError, LockHeldError
+
+CONTENT = {"this package": b"%d\n\n", "avocado-vt": b"%d"}
+SOME_USER = 54321
+
+
+def lock_path(directory, number, user=None):
+    """Where a job's lock file lies."""
+    user = os.getuid() if user is None else user
+    return directory / f"avocado-vt-joblock-{number:040x}-{user}-{number % 10**8:08}.pid"
+
+
+def dead_pid():
+    """The PID of a process that is gone."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+_dead = []
+
+
+def leave_stale_lock(directory, number=0xDEAD, maker="this package", pid=None):
+    """Leave a lock file as it is after its maker was killed; a dead one's unless told."""
+    if pid is None:
+        _dead[:] = _dead or [dead_pid()]
+        pid = _dead[0]
+    path = lock_path(directory, number)
+    path.write_bytes(CONTENT[maker] % pid)
+    return path
+
+
+def attempt(directory, warnings=None):
+    """Try to take the lock; return it if so, and what came of it."""
+    warnings = [] if warnings is None else warnings
+    lock = JobLock(str(directory), f"{os.getpid():040x}", warnings.append)
+    try:
+        lock.acquire()
+    except LockHeldError as error:
+        return None, {"held": error.holder._asdict()}
+    except LockError as error:
+        return None, {"error": str(error)}
+    return lock, {"won": lock.path, "warnings": warnings}
+
+
+def as_user(uid, what):
+    """Return what something returns that is called as another user."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            os.write(writer, json.dumps(what()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer)
+
+
+def attempt_as(uid, directory):
+    """Try to take the lock as another user, and return what came of it."""
+
+    def what():
+        lock, outcome = attempt(directory)
+        if lock:
+            lock.release()
+        return outcome
+
+    return as_user(uid, what)
+
+
+class Process:
+    """A process that tries to take the lock and then holds it.
+
+    :param prefix: a command to run it by
+    :ivar outcome: what came of it, as ``attempt`` returns it
+    """
+
+    def __init__(self, directory, *prefix, **options):
+        self.popen = subprocess.Popen(
+            [*prefix, sys.executable, __file__, directory],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        self.outcome = json.loads(self.popen.stdout.readline())
+
+    def release(self):
+        """Have it release the lock, or end without it."""
+        self.popen.communicate()
+
+    def kill(self):
+        """Kill the process that holds the lock, and wait until it is gone."""
+        self.popen.kill()
+        # Of a prefix the child is the one, and ends later.
+        self.popen.stdout.read()
+        self.release()
+
+
+@contextlib.contextmanager
+def process(directory, *prefix, **options):
+    """A ``Process`` that is ended in the end."""
+    made = Process(directory, *prefix, **options)
+    try:
+        yield made
+    finally:
+        made.release()
+
+
+def main(directory):
+    lock, outcome = attempt(directory)
+    print(json.dumps(outcome), flush=True)
+    sys.stdin.read()
+    if lock:
+        lock.release()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

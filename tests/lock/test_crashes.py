@@ -1,0 +1,87 @@
+"""The process dies before or after each of its system calls: the next one gets the lock at once."""
+
+import fcntl
+import os
+import re
+
+import pytest
+from holders import leave_stale_lock
+from system_calls import count, intercepted
+
+DIED = 77
+
+
+def names(directory):
+    return [path.name for path in directory.iterdir()]
+
+
+def life(lock):
+    lock.acquire()
+    lock.release()
+
+
+def die_at(number, after, what):
+    """Do something in a child that dies at a system call; return whether it came to that."""
+    seen = 0
+
+    def hook(name, call):
+        nonlocal seen
+        seen += 1
+        if seen - 1 == number and not after:
+            os._exit(DIED)
+        try:
+            return call()
+        finally:
+            if seen - 1 == number:
+                os._exit(DIED)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            with intercepted(hook):
+                what()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == DIED
+
+
+def leave_nothing(directory):
+    pass
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("before", [leave_nothing, leave_stale_lock])
+def test_death_at_every_system_call(directory, new_lock, before, after):
+    before(directory)
+    calls = count(lambda: life(new_lock()))
+    assert {"open", "flock", "write", "rename", "scandir", "unlink", "close"} <= set(calls)
+    left = set()
+    for number in range(len(calls)):
+        assert names(directory) == []
+        before(directory)
+        assert die_at(number, after, lambda: life(new_lock()))
+        left |= {re.sub(r"[0-9a-f]{40}.*", "", name) for name in names(directory)}
+        heir = new_lock()
+        heir.acquire()
+        assert names(directory) == [os.path.basename(heir.path)], calls[: number + 1]
+        heir.release()
+    assert not die_at(len(calls), after, lambda: life(new_lock()))
+    # Deaths that left nothing behind would show nothing.
+    assert left == {".avocado-vt-joblock-", "avocado-vt-joblock-"}
+
+
+def test_unpublished_lock_is_left_alone_without_the_guard(directory, new_lock, monkeypatch):
+    # Its maker may be about to publish it, likewise without the guard.
+    monkeypatch.setattr("avocado_vt_joblock.lock.GUARD_TIMEOUT", -1)
+    unpublished = directory / f".avocado-vt-joblock-{0:040x}-0-00000000.pid"
+    unpublished.touch()
+    stranger = os.open(directory, os.O_RDONLY)
+    fcntl.flock(stranger, fcntl.LOCK_EX)
+    lock = new_lock()
+    lock.acquire()
+    lock.release()
+    assert unpublished.exists()
+    os.close(stranger)
+    lock.acquire()
+    assert not unpublished.exists()
