@@ -1,9 +1,11 @@
 # Everything runs in environments of its own, made from PyPI: nothing is installed elsewhere.
 PYTHON ?= python3
+# Interpreters for the matrix besides those on the PATH.
+PYTHONS ?= $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python)
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
 SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
 
-.PHONY: help demo check lint types test stress clean
+.PHONY: help demo check lint types docs test stress matrix clean
 
 help:  ## List these targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -11,7 +13,7 @@ help:  ## List these targets.
 demo: .venv/made  ## See the lock at work with real jobs.
 	.venv/bin/python tests/demo.py
 
-check: lint types test  ## Run all that CI runs.
+check: lint types docs test  ## Run all that CI runs.
 
 lint: .venv/made  ## Check style and formatting.
 	.venv/bin/ruff check
@@ -20,6 +22,9 @@ lint: .venv/made  ## Check style and formatting.
 types: .venv/made  ## Check types.
 	.venv/bin/mypy
 
+docs: .venv/made  ## Build the manual in docs/_build/html.
+	.venv/bin/sphinx-build -q -W --keep-going -E -b html docs docs/_build/html
+
 test: .venv/made .venv-103/made  ## Run the tests, and those with jobs once more on Avocado 103.0.
 	.venv/bin/pytest
 	.venv-103/bin/pytest tests/test_plugin.py
@@ -27,8 +32,11 @@ test: .venv/made .venv-103/made  ## Run the tests, and those with jobs once more
 stress: .venv/made  ## Run the tests of the lock and of many jobs with 100 times the rounds: hours.
 	.venv/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_jobs.py
 
+matrix: .venv/made  ## Run the tests on each Python and Avocado that is supported and there.
+	.venv/bin/tox run $(if $(PYTHONS),--discover $(PYTHONS)) $(TOX_ARGS)
+
 clean:  ## Remove what the other targets make.
-	rm -rf .venv .venv-* build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist docs/_build *.egg-info .cache .tox .mypy_cache .pytest_cache .ruff_cache
 
 .venv/made: AVOCADO := 113
 .venv-103/made: AVOCADO := 103

@@ -3,11 +3,34 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from environments import AVOCADO_PACKAGES, build, install, new_environment
 from sandbox import Sandbox
 
 
 def pytest_addoption(parser):
     parser.addoption("--stress", type=int, default=1, help="do so many times the rounds")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The distributions, and what their build printed."""
+    return build(tmp_path_factory.mktemp("build"))
+
+
+@pytest.fixture(scope="session")
+def wheel(built):
+    """The wheel."""
+    (path,) = (path for path in built[0] if path.suffix == ".whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """The interpreter of an environment that has Avocado and the wheel, and no avocado-vt."""
+    python = new_environment(tmp_path_factory.mktemp("environment"))
+    install(python, *AVOCADO_PACKAGES)
+    install(python, "--no-deps", wheel)
+    return python
 
 
 @pytest.fixture

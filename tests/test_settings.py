@@ -5,51 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-import venv
 
 import pytest
-from sandbox import AVOCADO, HERE
+from environments import AVOCADO_PACKAGES, install, new_environment
 
-DISTRIBUTION = "avocado-framework-plugin-vt-joblock"
 CONFIG_FILE = "etc/avocado/conf.d/vt_joblock.conf"
-PROJECT = HERE.parent
-AVOCADO_PACKAGES = (f"avocado-framework=={AVOCADO}.0", "setuptools>=77,<80")
-
-
-def pip(python, *arguments, **options):
-    command = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(
-        [str(word) for word in command],
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory):
-    """A copy of what the package is built from, since a build leaves files beside it."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.rst", "LICENSE"):
-        shutil.copy(PROJECT / name, copy)
-    for name in ("avocado_vt_joblock", "etc"):
-        shutil.copytree(PROJECT / name, copy / name)
-    return copy
-
-
-@pytest.fixture(scope="session")
-def installed(source, tmp_path_factory):
-    """The interpreter of an environment that has Avocado and this package, and no avocado-vt."""
-    directory = tmp_path_factory.mktemp("environment")
-    directory.chmod(0o755)
-    venv.create(directory, with_pip=True, symlinks=True)
-    python = directory / "bin/python"
-    pip(python, "install", *AVOCADO_PACKAGES)
-    pip(python, "install", "--no-build-isolation", "--no-deps", source)
-    return python
 
 
 def config_files(text):
@@ -64,14 +24,6 @@ def ours(text):
 def setting(text):
     (value,) = re.findall(r"^    plugins\.vtjoblock\.dir +(.*)$", text, re.MULTILINE)
     return value
-
-
-def test_only_avocado_is_required(installed):
-    script = (
-        "from importlib.metadata import *; print(*requires('avocado-framework-plugin-vt-joblock'))"
-    )
-    done = subprocess.run([installed, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
-    assert done.stdout.split() == ["avocado-framework>=103.0"]
 
 
 def test_listed_and_documented_without_avocado_vt(sandbox, installed):
@@ -119,14 +71,11 @@ def test_config_file_in_an_activated_environment(sandbox, installed):
         main.unlink()
 
 
-def test_config_file_of_a_user_installation(sandbox, source, tmp_path):
+def test_config_file_of_a_user_installation(sandbox, wheel, tmp_path):
     # pip installs for the user only where the user's packages are visible.
-    venv.create(tmp_path, with_pip=True, symlinks=True, system_site_packages=True)
-    sandbox.python = tmp_path / "bin/python"
-    pip(sandbox.python, "install", *AVOCADO_PACKAGES)
-    options = ["--user", "--no-build-isolation", "--no-deps"]
-    environment = {**os.environ, "HOME": str(sandbox.home)}
-    pip(sandbox.python, "install", *options, source, env=environment)
+    sandbox.python = new_environment(tmp_path, system_site_packages=True)
+    install(sandbox.python, *AVOCADO_PACKAGES)
+    install(sandbox.python, "--user", "--no-deps", wheel, HOME=str(sandbox.home))
     text = sandbox.output("config")
     assert ours(text) == [str(sandbox.home / ".local" / CONFIG_FILE)]
     assert setting(text) == str(sandbox.lock_dir)

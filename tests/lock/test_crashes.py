@@ -1,12 +1,16 @@
 """The process dies before or after each of its system calls: the next one gets the lock at once."""
 
+import contextlib
 import fcntl
 import os
 import re
+import subprocess
 
 import pytest
 from holders import leave_stale_lock
 from system_calls import count, intercepted
+
+from avocado_vt_joblock.lock import JobLock
 
 DIED = 77
 
@@ -85,3 +89,42 @@ def test_unpublished_lock_is_left_alone_without_the_guard(directory, new_lock, m
     os.close(stranger)
     lock.acquire()
     assert not unpublished.exists()
+
+
+def mount_image(image, where):
+    command = ["mount", "-o", "loop,commit=1", image, where]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
+def test_power_cut(directory, tmp_path, warnings):
+    # What it leaves on the disk is what a copy of the image of a mounted file system holds.
+    image, copy, mounted = tmp_path / "image", tmp_path / "copy", tmp_path / "mounted"
+    mounted.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    with contextlib.ExitStack() as stack:
+        mount_image(image, mounted)
+        stack.callback(subprocess.run, ["umount", mounted], check=True)
+        lock = JobLock(str(mounted), "1" * 40, warnings.append)
+        lock.acquire()
+        stack.callback(lock.release)
+
+        def cut():
+            subprocess.run(["cp", "--sparse=always", image, copy], check=True)
+            mount_image(copy, directory)
+            return list(directory.glob("avocado-vt-joblock-*"))
+
+        while not (left := cut()):
+            subprocess.run(["umount", directory], check=True)
+        stack.callback(subprocess.run, ["umount", directory], check=True)
+        # As a rule the name is there before the content is.
+        print(f"{left[0].stat().st_size} bytes reached the disk")
+        # There was no reboot, so the file has to be older.
+        os.utime(left[0], (0, 0))
+        heir = JobLock(str(directory), "2" * 40, warnings.append)
+        heir.acquire()
+        heir.release()
+        assert not left[0].exists()

@@ -2,11 +2,14 @@
 
 import os
 import re
+import shutil
 import stat
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from system_calls import intercepted
 
 from avocado_vt_joblock.lock import LockError, LockHeldError
 
@@ -124,3 +127,41 @@ def test_file_for_a_directory(directory, new_lock):
     directory.touch()
     with pytest.raises(LockError, match=f"{directory} is not a directory"):
         new_lock().acquire()
+
+
+def test_directory_is_read_by_a_descriptor_opened_after_publishing(new_lock):
+    # btrfs shows a directory as it was when it was opened.
+    done = []
+
+    def hook(name, call):
+        result = call()
+        done.append((name, result if name == "open" else call.args))
+        return result
+
+    with intercepted(hook):
+        new_lock().acquire()
+    names = [name for name, _ in done]
+    published, read = names.index("rename"), names.index("scandir")
+    (descriptor,) = done[read][1]
+    assert ("open", descriptor) in done[published:read]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
+@pytest.mark.skipif(shutil.which("mkfs.btrfs") is None, reason="there is no mkfs.btrfs")
+def test_btrfs(directory, new_lock, tmp_path):
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(128 * 2**20)
+    subprocess.run(["mkfs.btrfs", "--quiet", image], check=True)
+    mounted = subprocess.run(["mount", "-o", "loop", image, directory], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted, or this system has no btrfs")
+    try:
+        lock = new_lock()
+        lock.acquire()
+        with pytest.raises(LockHeldError):
+            new_lock().acquire()
+        lock.release()
+        assert names(directory) == []
+    finally:
+        subprocess.run(["umount", directory], check=True)

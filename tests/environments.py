@@ -1,0 +1,61 @@
+"""The distributions of this package, and environments to install them in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from sandbox import AVOCADO, HERE
+
+PROJECT = HERE.parent
+AVOCADO_PACKAGES = (f"avocado-framework=={AVOCADO}.0", "setuptools<80")
+
+
+def run(*command: str | Path, **variables: str) -> str:
+    """Run a command that succeeds, and return what it prints."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def build(directory: Path) -> tuple[list[Path], str]:
+    """Build the source distribution and the wheel.
+
+    :param directory: an empty one
+    :return: the two, and what the build printed
+    """
+    # From a copy, since a build leaves files beside the sources.
+    source = directory / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.rst", "CHANGELOG.rst", "LICENSE"):
+        shutil.copy(PROJECT / name, source)
+    for name in ("avocado_vt_joblock", "etc", "tests"):
+        shutil.copytree(PROJECT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    dist = directory / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source]
+    # Where that variable is set setuptools warns of it.
+    text = run(*command, PYTHONDONTWRITEBYTECODE="")
+    return sorted(dist.iterdir()), text
+
+
+def install(python: Path, *arguments: str | Path, **variables: str) -> None:
+    """Install something with pip."""
+    run(python, "-m", "pip", "--quiet", "install", *arguments, **variables)
+
+
+def new_environment(directory: Path, **options: bool) -> Path:
+    """Make a virtual environment, and return its interpreter."""
+    venv.create(directory, with_pip=True, symlinks=True, **options)
+    directory.chmod(0o755)
+    return directory / "bin/python"
