@@ -8,6 +8,8 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from sandbox import AVOCADO, AVOCADO_READS_RECIPES, HERE, finish, session, wait_for
@@ -242,19 +244,22 @@ def test_rejected_job_runs_no_pre_job_script(sandbox):
     assert finish(job)[0] == 0
 
 
-def test_post_job_script_of_a_rejected_job_can_tell(sandbox):
+def test_post_job_scripts(sandbox):
     scripts = sandbox.root / "post.d"
     scripts.mkdir()
-    (scripts / "script").write_text(f"#!/bin/sh\necho $AVOCADO_JOB_STATUS > {sandbox.root}/post\n")
+    (scripts / "script").write_text(
+        f"#!/bin/sh\necho $AVOCADO_JOB_STATUS $(ls {sandbox.lock_dir} | wc -l) >> {sandbox.root}/post\n"
+    )
     (scripts / "script").chmod(0o755)
-    job, test = start(sandbox)
     with sandbox.config.open("a") as config:
         config.write(f"[plugins.jobscripts]\npost = {scripts}\n")
+    job, test = start(sandbox)
     other = sandbox.vt_test("other")
     assert_turned_away(sandbox, sandbox.run(other), other)
-    assert (sandbox.root / "post").read_text() == "ERROR\n"
     test.end()
     assert finish(job)[0] == 0
+    # They can tell a job that was turned away, and run when the lock is released.
+    assert (sandbox.root / "post").read_text() == "ERROR 1\nPASS 0\n"
 
 
 @pytest.mark.skipif(AVOCADO < 105, reason=f"Avocado {AVOCADO} has no other way than to exit")
@@ -394,18 +399,21 @@ def test_odd_interruption_stops_the_job(sandbox):
     assert list(sandbox.lock_dir.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="there is no tmpfs in /dev/shm")
 @pytest.mark.parametrize("when", [0, 2**40, 2**62])
 def test_lock_from_any_time_turns_away(sandbox, when):
-    lock = sandbox.lock_dir / f"avocado-vt-joblock-{7:040x}-0-00000007.pid"
-    lock.write_text("7")
-    holder = os.open(lock, os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    os.utime(lock, (when, when))
-    test = sandbox.vt_test("test")
-    test.end()
-    text = assert_turned_away(sandbox, sandbox.run(test), test)
-    assert f"file:   {lock}\n" in text
-    os.close(holder)
+    # Other file systems do not keep such times.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        sandbox.configure(f"[plugins.vtjoblock]\ndir = {directory}\n")
+        lock = Path(directory) / f"avocado-vt-joblock-{7:040x}-0-00000007.pid"
+        lock.write_text("7")
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.utime(lock, (when, when))
+            test = sandbox.vt_test("test")
+            test.end()
+            text = assert_turned_away(sandbox, sandbox.run(test), test)
+            assert f"file:   {lock}\n" in text
 
 
 JOB_WITHOUT_POST = """
