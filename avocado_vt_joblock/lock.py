@@ -209,20 +209,22 @@ class JobLock:
         listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
         try:
             with os.scandir(listing) as entries:
-                similar = {
-                    entry.name: entry for entry in entries if entry.name.startswith(_PREFIXES)
+                regular = {
+                    entry.name: entry.is_file(follow_symlinks=False)
+                    for entry in entries
+                    if entry.name.startswith(_PREFIXES)
                 }
         finally:
             os.close(listing)
-        if similar.pop(self._name, None) is None:
+        if not regular.pop(self._name, False):
             raise LockError(f"the lock file {self.path} was removed. Find out what did it.")
         strange = []
         removed = 0
-        for name, entry in similar.items():
+        for name, is_regular in regular.items():
             match = _NAME.fullmatch(name)
             if not match:
                 continue
-            if not entry.is_file(follow_symlinks=False):
+            if not is_regular:
                 strange.append(name)
             elif not match["unpublished"]:
                 removed += self._look_at_lock(dir_fd, name, match["job_id"])

@@ -51,7 +51,10 @@ def test_source_distribution_builds_the_same_wheel(built, wheel, tmp_path):
 
 
 def test_metadata(installed):
-    script = f"import importlib.metadata as m; print(m.distribution({DISTRIBUTION!r}).read_text('METADATA'))"
+    script = (
+        "import importlib.metadata as m\n"
+        f"print(m.distribution({DISTRIBUTION!r}).read_text('METADATA'))\n"
+    )
     head, _, description = run(installed, "-c", script).partition("\n\n")
     fields = [line.split(": ", 1) for line in head.splitlines() if re.match(r"[A-Z]\S*: ", line)]
     told = dict(fields)

@@ -248,7 +248,8 @@ def test_post_job_scripts(sandbox):
     scripts = sandbox.root / "post.d"
     scripts.mkdir()
     (scripts / "script").write_text(
-        f"#!/bin/sh\necho $AVOCADO_JOB_STATUS $(ls {sandbox.lock_dir} | wc -l) >> {sandbox.root}/post\n"
+        "#!/bin/sh\n"
+        f"echo $AVOCADO_JOB_STATUS $(ls {sandbox.lock_dir} | wc -l) >> {sandbox.root}/post\n"
     )
     (scripts / "script").chmod(0o755)
     with sandbox.config.open("a") as config:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from holders import leave_stale_lock, lock_path
 from system_calls import intercepted
 
 from avocado_vt_joblock.lock import LockError, LockHeldError
@@ -147,21 +148,39 @@ def test_directory_is_read_by_a_descriptor_opened_after_publishing(new_lock):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
-@pytest.mark.skipif(shutil.which("mkfs.btrfs") is None, reason="there is no mkfs.btrfs")
-def test_btrfs(directory, new_lock, tmp_path):
+@pytest.mark.parametrize(
+    "mkfs",
+    [
+        pytest.param(["mkfs.ext4", "-q"], id="ext4"),
+        # As on some others, one has to ask for the type of each entry.
+        pytest.param(["mkfs.ext4", "-q", "-O", "^filetype"], id="ext4 without types"),
+        pytest.param(["mkfs.btrfs", "--quiet"], id="btrfs"),
+        pytest.param(["mkfs.xfs", "-q"], id="xfs"),
+        pytest.param(["mkfs.vfat"], id="vfat"),
+    ],
+)
+def test_file_system(directory, new_lock, tmp_path, warnings, mkfs):
+    if shutil.which(mkfs[0]) is None:
+        pytest.skip(f"there is no {mkfs[0]}")
     image = tmp_path / "image"
     with image.open("wb") as file:
-        file.truncate(128 * 2**20)
-    subprocess.run(["mkfs.btrfs", "--quiet", image], check=True)
-    mounted = subprocess.run(["mount", "-o", "loop", image, directory], check=False)
-    if mounted.returncode:
-        pytest.skip("mounting is not permitted, or this system has no btrfs")
+        file.truncate(400 * 2**20)
+    subprocess.run([*mkfs, image], check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(["mount", "-o", "loop", image, directory], check=False).returncode:
+        pytest.skip("mounting is not permitted, or this system does not know the file system")
     try:
+        before = names(directory)
+        stale = leave_stale_lock(directory)
+        strange = lock_path(directory, 7)
+        strange.mkdir()
         lock = new_lock()
         lock.acquire()
+        assert names(directory) == sorted([*before, strange.name, Path(lock.path).name])
         with pytest.raises(LockHeldError):
             new_lock().acquire()
         lock.release()
-        assert names(directory) == []
+        assert names(directory) == sorted([*before, strange.name])
+        assert not stale.exists()
+        assert [strange.name in text for text in warnings] == [True, False]
     finally:
         subprocess.run(["umount", directory], check=True)
