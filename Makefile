@@ -39,12 +39,14 @@ clean:  ## Remove what the other targets make.
 	rm -rf .venv .venv-* build dist docs/_build *.egg-info .cache .tox .mypy_cache .pytest_cache .ruff_cache
 
 .venv/made: AVOCADO := 113
+.venv/made: GROUP := dev
 .venv-103/made: AVOCADO := 103
+.venv-103/made: GROUP := test
 .venv/made .venv-103/made: $(SOURCES) tests/avocado-103.txt tests/avocado-113.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --upgrade pip
 	$(@D)/bin/pip install --quiet --no-deps --requirement tests/avocado-$(AVOCADO).txt
-	$(@D)/bin/pip install --quiet --group dev
+	$(@D)/bin/pip install --quiet --group $(GROUP)
 	$(@D)/bin/pip install --quiet --force-reinstall --no-deps --no-build-isolation .
 	rm -rf build *.egg-info
 	touch $@

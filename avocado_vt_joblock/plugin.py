@@ -121,9 +121,10 @@ def _describe(error: BaseException, job: Job) -> str:
     job id: {holder.job_id}
     since:  {_local_time(holder.since)}
 Wait until that job is done. If your jobs use a data directory of their own, then give them a lock
-directory of their own as well. {_WHERE}"""
+directory of their own as well.
+{_WHERE}"""
     if isinstance(error, LockError):
-        return f"{error}\nIt is {OPTION} = {job.config[OPTION]!r}. {_WHERE}"
+        return f"{error}\nIt is {OPTION} = {job.config[OPTION]!r}.\n{_WHERE}"
     return f"{type(error).__name__}: {error}. Details are in {job.logfile}."
 
 
