@@ -5,7 +5,7 @@ PYTHONS ?= $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
 SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
 
-.PHONY: help demo check lint types docs test stress matrix clean
+.PHONY: help demo check lint types docs test stress bench matrix clean
 
 help:  ## List these targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,8 +32,12 @@ test: .venv/made .venv-103/made  ## Run the tests, and those with jobs once more
 stress: .venv/made  ## Run the tests of the lock and of many jobs with 100 times the rounds: hours.
 	.venv/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_jobs.py
 
+bench: .venv/made  ## Measure the lock beside others, and make the page docs/figures.rst of it.
+	.venv/bin/python benchmarks/bench.py
+
 matrix: .venv/made  ## Run the tests on each Python and Avocado that is supported and there.
 	.venv/bin/tox run $(if $(PYTHONS),--discover $(PYTHONS)) $(TOX_ARGS)
+	rm -rf build *.egg-info
 
 clean:  ## Remove what the other targets make.
 	rm -rf .venv .venv-* build dist docs/_build *.egg-info .cache .tox .mypy_cache .pytest_cache .ruff_cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 import sys
 import time
 import weakref
@@ -48,10 +47,11 @@ class VTJobLock(JobPre, JobPost):
         try:
             if _has_vt_tests(job):
                 directory = _lock_directory(job.config[OPTION])
-                self._lock = JobLock(directory, str(job.unique_id), LOG_UI.warning)
+                lock = JobLock(directory, str(job.unique_id), LOG_UI.warning)
                 # For a job that ends without post(): by a second Ctrl-C, for example.
-                weakref.finalize(self, self._lock.release)
-                self._lock.acquire()
+                weakref.finalize(self, lock.release)
+                lock.acquire()
+                self._lock = lock
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -164,16 +164,16 @@ def _end_tests(job: Job) -> None:
 
 def _running_tests(job: Job) -> list[int]:
     """Find the job's tests by the command line that they have inherited from Avocado's runner."""
-    words = f"\0task-run\0.*\0-j\0{re.escape(str(job.unique_id))}\0"
-    pattern = re.compile(words.encode(errors="surrogateescape"), re.DOTALL)
+    # Not by the job id: that may have been given to two jobs.
+    output = f"output_dir={job.test_results_path}{os.sep}".encode(errors="surrogateescape")
     tests = []
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             try:
                 with open(f"/proc/{entry.name}/cmdline", "rb") as file:
-                    command = file.read()
+                    words = file.read().split(b"\0")
             except OSError:
                 continue
-            if pattern.search(command):
+            if b"task-run" in words and any(word.startswith(output) for word in words):
                 tests.append(int(entry.name))
     return tests

@@ -83,6 +83,8 @@ class Sandbox:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # It is ignored by what a shell without job control starts in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **{**defaults, **options},  # type: ignore[call-overload]
         )
         self.processes.append(process)

@@ -55,7 +55,7 @@ def test_metadata(installed):
         "import importlib.metadata as m\n"
         f"print(m.distribution({DISTRIBUTION!r}).read_text('METADATA'))\n"
     )
-    head, _, description = run(installed, "-c", script).partition("\n\n")
+    head, _, description = run(installed, "-I", "-c", script).partition("\n\n")
     fields = [line.split(": ", 1) for line in head.splitlines() if re.match(r"[A-Z]\S*: ", line)]
     told = dict(fields)
     assert told["Name"] == DISTRIBUTION
@@ -76,7 +76,7 @@ def test_version_is_in_the_changelog(installed):
     script = f"import importlib.metadata as m; print(m.version({DISTRIBUTION!r}))"
     changes = (PROJECT / "CHANGELOG.rst").read_text()
     versions = re.findall(r"^(\d+\.\d+\.\d+) \(\d{4}-\d\d-\d\d\)$", changes, re.MULTILINE)
-    assert versions[0] == run(installed, "-c", script).strip()
+    assert versions[0] == run(installed, "-I", "-c", script).strip()
 
 
 def test_entry_points(installed):
@@ -85,7 +85,7 @@ def test_entry_points(installed):
         f"for e in m.distribution({DISTRIBUTION!r}).entry_points:\n"
         "    print(e.group, e.name, e.value)\n"
     )
-    assert sorted(run(installed, "-c", script).splitlines()) == [
+    assert sorted(run(installed, "-I", "-c", script).splitlines()) == [
         "avocado.plugins.init vt-joblock avocado_vt_joblock.settings:VTJobLockInit",
         "avocado.plugins.job.prepost vt-joblock avocado_vt_joblock.plugin:VTJobLock",
         "avocado.plugins.settings vt-joblock avocado_vt_joblock.settings:VTJobLockSettings",

@@ -417,6 +417,24 @@ def test_lock_from_any_time_turns_away(sandbox, when):
             assert f"file:   {lock}\n" in text
 
 
+@needs_recipes
+def test_job_of_the_same_id_is_left_alone(sandbox):
+    tests = [sandbox.vt_test(name) for name in ("first", "second", "third")]
+    options = [f"--force-job-id={'1' * 40}"]
+    first = sandbox.run(tests[0], options=options)
+    wait_for(lambda: tests[0].has_begun, first)
+    # One that is turned away, and one that runs with a lock directory of its own.
+    assert_turned_away(sandbox, sandbox.run(tests[1], options=options), tests[1])
+    elsewhere = sandbox.root / "elsewhere"
+    elsewhere.mkdir()
+    sandbox.configure(f"[plugins.vtjoblock]\ndir = {elsewhere}\n")
+    tests[2].end()
+    assert finish(sandbox.run(tests[2], options=options))[0] == 0
+    tests[0].end()
+    code, text = finish(first)
+    assert code == 0, text
+
+
 JOB_WITHOUT_POST = """
 import sys
 from avocado.core.job import Job
