@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Interpreters for the matrix besides those on the PATH.
 PYTHONS ?= $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python)
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
+export VIRTUALENV_OVERRIDE_APP_DATA := $(CURDIR)/.cache/virtualenv
+.NOTPARALLEL:
 SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
 
 .PHONY: help demo check lint types docs test stress bench matrix clean

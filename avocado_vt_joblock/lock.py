@@ -101,7 +101,8 @@ class JobLock:
         self._warn = warn
         self._dir_fd: int | None = None
         self._fd: int | None = None
-        self._held = False
+        #: Whether this process holds the lock.
+        self.held = False
 
     @property
     def path(self) -> str:
@@ -132,7 +133,7 @@ class JobLock:
             raise
         with contextlib.suppress(OSError):
             fcntl.flock(dir_fd, fcntl.LOCK_UN)
-        self._held = True
+        self.held = True
 
     def release(self) -> None:
         """Remove the lock file and let go of the lock; without the lock, do nothing.
@@ -141,8 +142,8 @@ class JobLock:
         jobs may have run at the same time, or it cannot be removed.
         """
         # When a signal interrupts this it may be called again: then the file may well be gone.
-        if self._held:
-            self._held = False
+        if self.held:
+            self.held = False
             if not self._in_place():
                 self._warn(
                     f"The lock file {self.path} was removed or replaced while the job ran. Other "
@@ -306,10 +307,9 @@ class JobLock:
         return failure
 
     def _close(self) -> None:
-        # The directory last, since it ends the guard.
         fds = (self._fd, self._dir_fd)
         self._fd = self._dir_fd = None
-        self._held = False
+        self.held = False
         for fd in fds:
             if fd is not None:
                 with contextlib.suppress(OSError):

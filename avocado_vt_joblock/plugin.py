@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import signal
 import sys
 import time
 import weakref
@@ -14,7 +16,6 @@ from avocado.core.exceptions import JobError
 from avocado.core.job import Job
 from avocado.core.output import LOG_JOB, LOG_UI
 from avocado.core.plugin_interfaces import JobPost, JobPre
-from avocado.utils import process
 
 from avocado_vt_joblock.lock import JobLock, LockError, LockHeldError
 from avocado_vt_joblock.settings import KEY, OPTION, SECTION
@@ -47,11 +48,10 @@ class VTJobLock(JobPre, JobPost):
         try:
             if _has_vt_tests(job):
                 directory = _lock_directory(job.config[OPTION])
-                lock = JobLock(directory, str(job.unique_id), LOG_UI.warning)
-                # For a job that ends without post(): by a second Ctrl-C, for example.
-                weakref.finalize(self, lock.release)
-                lock.acquire()
-                self._lock = lock
+                self._lock = JobLock(directory, str(job.unique_id), LOG_UI.warning)
+                # For a job that ends without post(), by one Ctrl-C too many for example.
+                weakref.finalize(self, _let_go, self._lock, job.test_results_path)
+                self._lock.acquire()
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -64,10 +64,7 @@ class VTJobLock(JobPre, JobPost):
         :param job: the job that has ended, in whatever way
         """
         if self._lock:
-            try:
-                _end_tests(job)
-            finally:
-                self._lock.release()
+            _let_go(self._lock, job.test_results_path, TESTS_TIMEOUT)
 
 
 def _has_vt_tests(job: Job) -> bool:
@@ -82,7 +79,8 @@ def _has_vt_tests(job: Job) -> bool:
 
 def _lock_directory(value: object) -> str:
     """Check what is set as the lock directory, short of looking whether it is there."""
-    if not isinstance(value, (str, os.PathLike)) or not (path := os.fspath(value)):
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not path or not isinstance(path, str):
         raise LockError("no lock directory is set. Set the absolute path of a directory.")
     path = os.path.expanduser(path)
     if not os.path.isabs(path):
@@ -142,38 +140,63 @@ def _local_time(seconds: float) -> str:
         return "unknown"
 
 
-def _end_tests(job: Job) -> None:
-    """Wait for the job's tests that still run, and end those that do not end by themselves.
+def _let_go(lock: JobLock, results: str, patience: float = 0) -> None:
+    """Release the lock, and before that end the tests of the job that still run.
 
     Avocado ends the processes that it has started when a job is interrupted or takes too long, but
     avocado-vt runs a test in a child of such a process, which goes on.
+
+    :param results: the directory of the tests' results
+    :param patience: how long to wait for tests to end by themselves, in seconds
     """
-    deadline = time.monotonic() + TESTS_TIMEOUT
-    while tests := _running_tests(job):
-        if time.monotonic() > deadline:
-            for pid in tests:
-                process.kill_process_tree(pid)
-            LOG_UI.warning(
-                "Killed tests of the job that still ran (PIDs %s). Guests that they started may "
-                "still be running.",
-                ", ".join(map(str, tests)),
-            )
-            return
+    try:
+        if lock.held and _wait_for_tests(results, patience):
+            _kill_tests(results)
+    except BaseException:
+        # However impatient a user is with Ctrl-C, no test goes on without the lock.
+        _kill_tests(results)
+        raise
+    finally:
+        lock.release()
+
+
+def _wait_for_tests(results: str, patience: float) -> list[int]:
+    """Wait until no test runs, and return those that do in the end."""
+    deadline = time.monotonic() + patience
+    while (tests := _running_tests(results)) and time.monotonic() < deadline:
         time.sleep(0.05)
+    return tests
 
 
-def _running_tests(job: Job) -> list[int]:
-    """Find the job's tests by the command line that they have inherited from Avocado's runner."""
+def _kill_tests(results: str) -> None:
+    tests = _running_tests(results)
+    for pid in tests:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    if tests:
+        pids = ", ".join(map(str, tests))
+        LOG_UI.warning(
+            "Killed tests of the job that still ran (PIDs %s). Guests that they started may still "
+            "be running.",
+            pids,
+        )
+        if _wait_for_tests(results, TESTS_TIMEOUT):
+            LOG_UI.warning("They have not ended yet. Wait for that before the next job.")
+
+
+def _running_tests(results: str) -> list[int]:
+    """Find a job's tests by the command line that they have inherited from Avocado's runner."""
     # Not by the job id: that may have been given to two jobs.
-    output = f"output_dir={job.test_results_path}{os.sep}".encode(errors="surrogateescape")
-    tests = []
+    output = f"output_dir={results}{os.sep}".encode(errors="surrogateescape")
+    tests: list[int] = []
+    # A /proc that shows another PID namespace has other processes by these numbers.
+    if os.path.realpath("/proc/self") != f"/proc/{os.getpid()}":
+        return tests
     for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            try:
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == os.geteuid():
                 with open(f"/proc/{entry.name}/cmdline", "rb") as file:
                     words = file.read().split(b"\0")
-            except OSError:
-                continue
-            if b"task-run" in words and any(word.startswith(output) for word in words):
-                tests.append(int(entry.name))
+                if b"task-run" in words and any(word.startswith(output) for word in words):
+                    tests.append(int(entry.name))
     return tests

@@ -23,7 +23,7 @@ def run(*command: str | Path, **variables: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **variables},
+        env={"PIP_CACHE_DIR": str(PROJECT / ".cache/pip"), **os.environ, **variables},
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -38,10 +38,12 @@ def build(directory: Path) -> tuple[list[Path], str]:
     # From a copy, since a build leaves files beside the sources.
     source = directory / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.rst", "CHANGELOG.rst", "LICENSE"):
-        shutil.copy(PROJECT / name, source)
-    for name in ("avocado_vt_joblock", "etc", "tests"):
-        shutil.copytree(PROJECT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in PROJECT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    ignore = shutil.ignore_patterns("__pycache__", "_build")
+    for name in ("avocado_vt_joblock", "benchmarks", "docs", "etc", "tests"):
+        shutil.copytree(PROJECT / name, source / name, ignore=ignore)
     dist = directory / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source]
     # Where that variable is set setuptools warns of it.

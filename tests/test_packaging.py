@@ -45,6 +45,9 @@ def test_source_distribution_builds_the_same_wheel(built, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path)
     (source,) = tmp_path.iterdir()
+    # Who packages it for a distribution can build the manual and run the tests.
+    for name in ("CHANGELOG.rst", "Makefile", "docs/index.rst", "tests/sandbox.py", "tests/lock"):
+        assert (source / name).exists()
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, source)
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(tmp_path / wheel.name) as theirs:
         assert sorted(ours.namelist()) == sorted(theirs.namelist())

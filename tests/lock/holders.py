@@ -9,11 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 from avocado_vt_joblock.lock import JobLock, LockError, LockHeldError
 
 CONTENT = {"this package": b"%d\n\n", "avocado-vt": b"%d"}
 SOME_USER = 54321
+AN_HOUR = 3600
 
 
 def lock_path(directory, number, user=None):
@@ -39,7 +41,15 @@ def leave_stale_lock(directory, number=0xDEAD, maker="this package", pid=None):
         pid = _dead[0]
     path = lock_path(directory, number)
     path.write_bytes(CONTENT[maker] % pid)
+    # By its date it is stale even where a process of today has been given the PID.
+    date_back(path, AN_HOUR)
     return path
+
+
+def date_back(path, seconds):
+    """Have a file look as if it was written earlier."""
+    when = time.time() - seconds
+    os.utime(path, (when, when))
 
 
 def attempt(directory, warnings=None):
@@ -101,7 +111,11 @@ class Process:
             text=True,
             **options,
         )
-        self.outcome = json.loads(self.popen.stdout.readline())
+        line = self.popen.stdout.readline()
+        if not line:
+            self.release()
+            raise AssertionError(f"{self.popen.args} exited with {self.popen.returncode}")
+        self.outcome = json.loads(line)
 
     def release(self):
         """Have it release the lock, or end without it."""

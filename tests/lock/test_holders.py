@@ -9,26 +9,27 @@ from pathlib import Path
 
 import pytest
 from holders import (
+    AN_HOUR,
     CONTENT,
     SOME_USER,
     attempt_as,
+    date_back,
     dead_pid,
     leave_stale_lock,
     lock_path,
     process,
 )
-from sandbox import run_as
+from sandbox import can_act_as_others, run_as
 
 from avocado_vt_joblock.lock import CLOCK_SLACK, LockHeldError, _may_hold
 
-AN_HOUR = 3600
 #: Longer than any machine is up.
 AGES = 10**9
 PID_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 # Where /proc still shows the PID namespace outside.
 PROC_OF_OUTSIDE = ["unshare", "--pid", "--fork", "--kill-child"]
 
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can do that")
+needs_root = pytest.mark.skipif(not can_act_as_others(), reason="acting as others is not permitted")
 
 
 def _can_unshare():
@@ -40,12 +41,6 @@ def _can_unshare():
 needs_namespaces = pytest.mark.skipif(
     not _can_unshare(), reason="a PID namespace of one's own is not permitted here"
 )
-
-
-def date_back(path, seconds):
-    """Have a file look as if it was written earlier."""
-    when = time.time() - seconds
-    os.utime(path, (when, when))
 
 
 @pytest.fixture
@@ -77,7 +72,6 @@ def test_live_holder_without_a_flock(directory, new_lock, bystander, content):
 @pytest.mark.parametrize("maker", CONTENT)
 def test_pid_is_used_by_another_process_now(directory, new_lock, bystander, maker):
     path = leave_stale_lock(directory, maker=maker, pid=bystander.pid)
-    date_back(path, AN_HOUR)
     new_lock().acquire()
     assert not path.exists()
 
@@ -85,6 +79,7 @@ def test_pid_is_used_by_another_process_now(directory, new_lock, bystander, make
 def test_pid_is_used_by_an_older_process(directory, new_lock):
     # As after the death of a holder in a container, where PIDs are low. No flock: it is gone.
     path = leave_stale_lock(directory, pid=os.getppid())
+    date_back(path, 0)
     new_lock().acquire()
     assert not path.exists()
 
@@ -210,7 +205,8 @@ class TestPIDNamespaces:
 
 def test_start_of_a_process_by_another_clock(bystander):
     """What the lock derives from /proc is what ps(1) says."""
-    text = subprocess.check_output(["ps", "-o", "lstart=", "-p", str(bystander.pid)], text=True)
+    command = ["env", "LC_ALL=C", "ps", "-o", "lstart=", "-p", str(bystander.pid)]
+    text = subprocess.check_output(command, text=True)
     started = time.mktime(time.strptime(text.strip()))
     # ps rounds to seconds.
     assert _may_hold(bystander.pid, started + 2 - CLOCK_SLACK)

@@ -11,6 +11,7 @@ import tracemalloc
 
 import pytest
 from holders import SOME_USER, attempt_as, leave_stale_lock, lock_path
+from system_calls import intercepted
 
 from avocado_vt_joblock.lock import LockError
 
@@ -201,6 +202,38 @@ def test_flock_of_a_stranger_on_a_stale_lock_stops_the_job(directory, new_lock):
     os.close(stranger)
     new_lock().acquire()
     assert not path.exists()
+
+
+def test_others_may_look_at_a_stale_lock_at_the_same_time(directory, new_lock):
+    path = leave_stale_lock(directory)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        new_lock().acquire()
+    assert not path.exists()
+
+
+def test_file_turns_into_a_link_while_it_is_looked_at(directory, new_lock):
+    path = leave_stale_lock(directory)
+    (directory / "secret").write_bytes(path.read_bytes())
+
+    def hook(name, call):
+        if name == "open" and call.args[0] == path.name:
+            path.unlink()
+            path.symlink_to("secret")
+        return call()
+
+    with intercepted(hook), pytest.raises(LockError, match=f"{path} cannot be judged"):
+        new_lock().acquire()
+    assert path.is_symlink()
+
+
+def test_blank_file_of_some_size_from_before_the_start_stops_the_job(directory, new_lock):
+    path = lock_path(directory, 7)
+    sparse(path)
+    os.utime(path, (0, 0))
+    with pytest.raises(LockError, match=f"{path} cannot be judged: there is no PID"):
+        new_lock().acquire()
+    assert path.exists()
 
 
 def test_hard_link_to_a_file_outside(directory, new_lock):

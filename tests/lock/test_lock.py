@@ -1,5 +1,6 @@
 """What one lock does, and a second beside it."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -128,6 +129,35 @@ def test_file_for_a_directory(directory, new_lock):
     directory.touch()
     with pytest.raises(LockError, match=f"{directory} is not a directory"):
         new_lock().acquire()
+
+
+def test_file_is_complete_before_it_is_published(directory, new_lock):
+    seen = {}
+
+    def hook(name, call):
+        for path in directory.iterdir():
+            if path.name.startswith("."):
+                status = path.stat()
+                with path.open("rb") as file:
+                    seen.setdefault(
+                        name, (stat.S_IMODE(status.st_mode), is_flocked(file), file.read())
+                    )
+        return call()
+
+    with intercepted(hook):
+        new_lock().acquire()
+    # Nobody else can open it before the flock is there, and everybody once it is published.
+    assert seen["flock"] == (0o600, False, b"")
+    assert seen["rename"] == (0o644, True, b"%d\n\n" % os.getpid())
+
+
+def is_flocked(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
 
 
 def test_directory_is_read_by_a_descriptor_opened_after_publishing(new_lock):
