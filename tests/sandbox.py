@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -68,7 +68,13 @@ class Sandbox:
     def environment(self) -> dict[str, str]:
         """The environment variables for a process in this sandbox."""
         path = f"{self.bin}:{Path(self.python).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        return {"HOME": str(self.home), "PATH": path, "LC_ALL": "C.UTF-8", "TMPDIR": str(self.root)}
+        return {
+            "HOME": str(self.home),
+            "PATH": path,
+            "LC_ALL": "C.UTF-8",
+            "TMPDIR": str(self.root),
+            "PYTHONFAULTHANDLER": "1",
+        }
 
     def locks(self) -> list[Path]:
         """The lock files that are there."""
@@ -198,7 +204,13 @@ def can_act_as_others() -> bool:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Wait for a process to end, and return its exit code and what it printed."""
-    text, _ = process.communicate(timeout=HANG)
+    try:
+        text, _ = process.communicate(timeout=HANG)
+    except subprocess.TimeoutExpired:
+        # A Python tells where it hangs.
+        process.send_signal(signal.SIGABRT)
+        text, _ = process.communicate(timeout=HANG)
+        raise AssertionError(f"it hangs: {text}") from None
     return process.returncode, text
 
 
@@ -215,11 +227,21 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str] | None =
         time.sleep(0.02)
 
 
-def session(leader: int) -> Iterator[int]:
-    """The processes of a session other than its leader that have not ended."""
+def session(leader: int) -> dict[int, bytes]:
+    """The processes of a session that have not ended, other than its leader.
+
+    :return: their command lines by their PIDs
+    """
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != leader:
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 # One that nobody has waited for yet has no command line any more.
-                if os.getsid(int(entry.name)) == leader and (entry / "cmdline").read_bytes():
-                    yield int(entry.name)
+                if os.getsid(int(entry.name)) == leader:
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes()
+    return {pid: command for pid, command in found.items() if command}
+
+
+def running_tests(job: subprocess.Popen[str]) -> dict[int, bytes]:
+    """The processes of a job that run a test."""
+    return {pid: text for pid, text in session(job.pid).items() if b"\0task-run\0" in text}

@@ -18,6 +18,7 @@ from sandbox import (
     HERE,
     can_act_as_others,
     finish,
+    running_tests,
     session,
     wait_for,
 )
@@ -139,7 +140,7 @@ def test_released_after_a_signal(sandbox, signum):
     code, text = finish(job)
     assert code != 0, text
     assert sandbox.locks() == []
-    assert list(session(job.pid)) == []
+    assert running_tests(job) == {}
 
 
 @pytest.mark.parametrize(
@@ -149,12 +150,12 @@ def test_released_after_a_signal_to_all(sandbox, signum):
     # As by Ctrl-C in a terminal, and once more by the impatient.
     job, _ = start(sandbox)
     os.killpg(job.pid, signum)
-    wait_for(lambda: job.poll() is not None or not list(session(job.pid)))
+    wait_for(lambda: job.poll() is not None or not session(job.pid))
     job.send_signal(signum)
     code, text = finish(job)
     assert code != 0, text
     assert sandbox.locks() == []
-    assert list(session(job.pid)) == []
+    assert running_tests(job) == {}
 
 
 @needs_recipes
@@ -165,7 +166,7 @@ def test_test_that_outlives_its_job_is_ended(sandbox):
     code, text = finish(job)
     assert code == 8, text
     assert re.search(r"Killed tests of the job that still ran \(PIDs \d+", text)
-    assert list(session(job.pid)) == []
+    assert running_tests(job) == {}
     assert sandbox.locks() == []
     assert_runs(sandbox, "next")
     assert [what for what, _ in test.notes()] == ["begin"]
@@ -451,7 +452,7 @@ def test_second_interruption_frees_the_lock_only_when_no_test_runs(sandbox):
     wait_for(lambda: "RESULTS" in log.read_text(), job)
     job.send_signal(signal.SIGINT)
     finish(job)
-    assert list(session(job.pid)) == []
+    assert running_tests(job) == {}
     assert sandbox.locks() == []
     assert [what for what, _ in test.notes()] == ["begin"]
 
@@ -484,7 +485,7 @@ def test_job_that_ends_without_post_lets_go(sandbox):
     code, text = finish(job)
     assert code == 0, text
     assert text.count("interrupted\n") == 2
-    assert list(session(job.pid)) == []
+    assert running_tests(job) == {}
     assert [what for what, _ in test.notes()] == ["begin", "begin"]
     assert sandbox.locks() == []
 
