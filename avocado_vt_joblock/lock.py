@@ -24,9 +24,7 @@ import errno
 import fcntl
 import hashlib
 import os
-import random
 import re
-import string
 import time
 import weakref
 from collections.abc import Iterator
@@ -95,8 +93,7 @@ class JobLock:
         job_id = job_id.lower()
         if not _JOB_ID.fullmatch(job_id):
             job_id = hashlib.sha1(job_id.encode(errors="surrogatepass")).hexdigest()
-        chance = "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=8))
-        self._name = f"{_PREFIX}{job_id}-{os.getuid()}-{chance}.pid"
+        self._name = f"{_PREFIX}{job_id}-{os.getuid()}-{os.urandom(4).hex()}.pid"
         self._directory = directory
         self._warn = warn
         self._dir_fd: int | None = None

@@ -301,7 +301,7 @@ def main() -> None:
     entries = {}
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory(prefix="vt-joblock-bench-") as temporary:
-        # Avocado and avocado-vt keep files in the home.
+        # Avocado, avocado-vt and matplotlib keep files in the home.
         os.environ["HOME"] = temporary
         for place in places:
             with tempfile.TemporaryDirectory(dir=place) as directory:
@@ -309,10 +309,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=places[0]) as directory:
             stale = measure_stale(Path(directory), arguments.scale)
         avocado = measure_avocado(Path(temporary), arguments.scale)
-    load.append(os.getloadavg()[0])
-    results = figures.Results(entries, stale, avocado, load)
-    (arguments.output / "figures.rst").write_text(page := figures.page(results))
-    figures.draw(results, arguments.output / "figures.svg")
+        load.append(os.getloadavg()[0])
+        results = figures.Results(entries, stale, avocado, load)
+        (arguments.output / "figures.rst").write_text(page := figures.page(results))
+        figures.draw(results, arguments.output / "figures.svg")
     print(page, figures.goals(results), sep="\n")
 
 
