@@ -38,7 +38,6 @@ CLOCK_SLACK = 10.0
 _PREFIX = "avocado-vt-joblock-"
 # avocado-vt takes for a lock whatever begins like one, so an unpublished one begins otherwise.
 _UNPUBLISHED = "."
-_PREFIXES = (_PREFIX, _UNPUBLISHED + _PREFIX)
 _JOB_ID = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(
     rf"(?P<unpublished>\.?){_PREFIX}(?P<job_id>{_JOB_ID.pattern})-[0-9]+-[0-9a-z]{{8}}\.pid"
@@ -210,7 +209,7 @@ class JobLock:
                 regular = {
                     entry.name: entry.is_file(follow_symlinks=False)
                     for entry in entries
-                    if entry.name.startswith(_PREFIXES)
+                    if _PREFIX in entry.name
                 }
         finally:
             os.close(listing)
