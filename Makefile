@@ -27,7 +27,7 @@ types: .venv/made  ## Check types.
 docs: .venv/made  ## Build the manual in docs/_build/html.
 	.venv/bin/sphinx-build -q -W --keep-going -E -b html docs docs/_build/html
 
-test: .venv/made .venv-103/made  ## Run the tests, and those with jobs once more on Avocado 103.0.
+test: .venv/made .venv-103/made  ## Run the tests, and those of the plugin once more on Avocado 103.0.
 	.venv/bin/pytest
 	.venv-103/bin/pytest tests/test_plugin.py
 

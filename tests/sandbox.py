@@ -39,7 +39,7 @@ class Sandbox:
         self.prefix: list[str] = []
         vt_data = self.home / "avocado/data/avocado-vt"
         providers = vt_data / "virttest/test-providers.d"
-        downloads = vt_data / "virttest/test-providers.d/downloads"
+        downloads = providers / "downloads"
         for directory in (self.lock_dir, self.config.parent, providers, downloads):
             directory.mkdir(parents=True)
         (downloads / "keep").touch()
@@ -112,18 +112,14 @@ class Sandbox:
 
     def run(self, *tests: VTTest | Path, options: Sequence[str] = ()) -> subprocess.Popen[str]:
         """Start ``avocado run``, or what comes nearest where that does not read recipes."""
-        references = [test.recipe if isinstance(test, VTTest) else test for test in tests]
         if AVOCADO_READS_RECIPES:
-            return self.avocado("run", "--disable-sysinfo", *options, "--", *references)
+            return self.avocado("run", "--disable-sysinfo", *options, "--", *recipes(tests))
         assert not options
-        return self.job_api({}, *references)
+        return self.job_api({}, *tests)
 
-    def job_api(
-        self, config: dict[str, object], *references: VTTest | Path
-    ) -> subprocess.Popen[str]:
+    def job_api(self, config: dict[str, object], *tests: VTTest | Path) -> subprocess.Popen[str]:
         """Start a job by the Job API with a suite for each test."""
-        recipes = [test.recipe if isinstance(test, VTTest) else test for test in references]
-        return self.popen(self.python, HERE / "job_api.py", json.dumps(config), *recipes)
+        return self.popen(self.python, HERE / "job_api.py", json.dumps(config), *recipes(tests))
 
     def close(self) -> None:
         """End what is still running."""
@@ -183,6 +179,11 @@ class VTTest:
     def has_begun(self) -> bool:
         """Whether it has started to run."""
         return bool(self.notes())
+
+
+def recipes(tests: Sequence[VTTest | Path]) -> list[Path]:
+    """The recipes of tests, of which some may be recipes already."""
+    return [test.recipe if isinstance(test, VTTest) else test for test in tests]
 
 
 def run_as(uid: int) -> list[str]:

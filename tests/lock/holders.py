@@ -5,6 +5,7 @@ of it as JSON, and holds the lock until its standard input ends.
 """
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -18,10 +19,9 @@ SOME_USER = 54321
 AN_HOUR = 3600
 
 
-def lock_path(directory, number, user=None):
+def lock_path(directory, number):
     """Where a job's lock file lies."""
-    user = os.getuid() if user is None else user
-    return directory / f"avocado-vt-joblock-{number:040x}-{user}-{number % 10**8:08}.pid"
+    return directory / f"avocado-vt-joblock-{number:040x}-{os.getuid()}-{number % 10**8:08}.pid"
 
 
 def dead_pid():
@@ -31,14 +31,14 @@ def dead_pid():
     return process.pid
 
 
-_dead = []
+# One for all lock files, since a process for each takes long.
+_same_dead_pid = functools.cache(dead_pid)
 
 
 def leave_stale_lock(directory, number=0xDEAD, maker="this package", pid=None):
     """Leave a lock file as it is after its maker was killed; a dead one's unless told."""
     if pid is None:
-        _dead[:] = _dead or [dead_pid()]
-        pid = _dead[0]
+        pid = _same_dead_pid()
     path = lock_path(directory, number)
     path.write_bytes(CONTENT[maker] % pid)
     # By its date it is stale even where a process of today has been given the PID.
