@@ -1,20 +1,16 @@
-"""The lock: a file in a directory, held by one process at a time.
+"""The lock: a file in a directory, held by one job at a time.
 
 It keeps, in the order in which they win:
 
-1. exclusion: no two holders in one directory, and no lock that may be live is ever removed;
+1. exclusion: no two holders in one directory; no lock that may be live is removed, nothing killed;
 2. fail closed: what cannot be judged is an error;
 3. progress: of all who start together one gets the lock, and a holder that is gone stops nobody;
-4. bounded: nothing that lies in the directory, and nobody's flock, makes it wait for long;
+4. bounded: nothing that lies in the directory, and nobody's lock, makes an attempt last for long;
 5. no litter: no partial lock file is ever seen, and what a crash leaves the next one removes.
 
 A contender first publishes a lock file of its own and only then looks at the others, so of two at
 least one sees the other: that alone keeps exclusion. The guard around both steps, a flock on the
 directory, is for progress: without it two might see each other and both give up.
-
-The holder keeps its file open with a flock on it, which the kernel drops with the process: it tells
-whether the holder lives, whatever its PID means here, in another PID namespace for example. A file
-whose maker took no flock, as avocado-vt does, is judged by its PID.
 """
 
 from __future__ import annotations
@@ -22,263 +18,310 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
+import grp
+import logging
 import os
-import re
+import pwd
+import random
+import stat
 import time
 import weakref
-from collections.abc import Iterator
-from typing import Callable, NamedTuple
+
+from avocado_vt_joblock.lockfile import (
+    PREFIX,
+    UNPUBLISHED,
+    Holder,
+    Judgement,
+    Verdict,
+    content,
+    has_kernel_lock,
+    is_gone,
+    is_name,
+    judge,
+    new_name,
+    opened,
+    still_holds,
+    take_kernel_lock,
+    traces,
+)
+from avocado_vt_joblock.processes import Process, left_of, mark, unmark
 
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
-#: How far the clocks that date a file and a process may be apart, in seconds.
-CLOCK_SLACK = 10.0
+#: How often to publish anew where another host removes the unpublished file.
+PUBLISH_ATTEMPTS = 5
+#: How long to wait between two looks at a lock that somebody holds, in seconds.
+POLL_INTERVAL = 0.25
 
-_PREFIX = "avocado-vt-joblock-"
-# avocado-vt takes for a lock whatever begins like one, so an unpublished one begins otherwise.
-_UNPUBLISHED = "."
-_JOB_ID = re.compile(r"[0-9a-f]{40}")
-_NAME = re.compile(
-    rf"(?P<unpublished>\.?){_PREFIX}(?P<job_id>{_JOB_ID.pattern})-[0-9]+-[0-9a-z]{{8}}\.pid"
-)
-# The empty line after the PID tells that its writer holds a flock on the file for as long as it
-# lives. avocado-vt, which reads the PID with int(), does not mind it.
-_CONTENT = re.compile(rb"(?P<pid>[0-9]{1,10})(?:(?P<writer_flocks>\n\n)|\s{0,9})")
-_CONTENT_LIMIT = 32
-_PID_LIMIT = 2**31
+LOG = logging.getLogger(__name__)
 
 
 class LockError(Exception):
     """The lock could not be taken; the text says why and, where there is one, the remedy."""
 
 
-class Holder(NamedTuple):
-    """Who holds a lock, as its file tells."""
-
-    #: The lock file.
-    path: str
-    #: The process, by its number in its own PID namespace; None where the file does not tell.
-    pid: int | None
-    #: The file's owner.
-    uid: int
-    #: 40 hexadecimal digits.
-    job_id: str
-    #: When the lock file was written, in seconds since the Epoch.
-    since: float
+class LockDirectoryError(LockError):
+    """It is the directory that is no place for a lock."""
 
 
 class LockHeldError(LockError):
-    """Another job holds the lock.
+    """A live lock is in the way.
 
-    :param holder: who it is
+    :param holder: whose it is
     """
+
+    #: For how long its holder was waited for, in seconds.
+    waited = 0.0
 
     def __init__(self, holder: Holder) -> None:
         super().__init__(f"the lock file {holder.path} is held by PID {holder.pid}")
         self.holder = holder
 
 
+class LockUnknownError(LockError):
+    """Nobody can tell whether a lock is live.
+
+    :param holder: whose it is
+    :param reason: why nobody can tell
+    """
+
+    def __init__(self, holder: Holder, reason: str) -> None:
+        super().__init__(f"cannot tell whether a job still holds {holder.path}: {reason}")
+        self.holder = holder
+        self.reason = reason
+
+
 class JobLock:
     """A lock file in a directory in which only one job at a time holds one.
+
+    What a user should know of though it stops nobody is logged as a warning.
 
     :param directory: the absolute path of an existing directory
     :param job_id: what the file is named after; anything but 40 hexadecimal digits is replaced by
                    its SHA-1, since by another name nobody would take the file for a lock
-    :param warn: called with a text where a user should know of something that stops nobody
     """
 
-    def __init__(self, directory: str, job_id: str, warn: Callable[[str], object]) -> None:
-        job_id = job_id.lower()
-        if not _JOB_ID.fullmatch(job_id):
-            job_id = hashlib.sha1(job_id.encode(errors="surrogatepass")).hexdigest()
-        self._name = f"{_PREFIX}{job_id}-{os.getuid()}-{os.urandom(4).hex()}.pid"
+    def __init__(self, directory: str, job_id: str) -> None:
         self._directory = directory
-        self._warn = warn
+        self._job_id = job_id
+        self._name = new_name(job_id)
         self._dir_fd: int | None = None
         self._fd: int | None = None
-        #: Whether this process holds the lock.
-        self.held = False
+        self._mark: str | None = None
 
     @property
     def path(self) -> str:
         """The lock file's absolute path."""
-        return self._path_of(self._name)
+        return os.path.join(self._directory, self._name)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._mark is not None
 
     def acquire(self) -> None:
-        """Take the lock, to keep it until :meth:`release` or the end of this process.
+        """Take the lock, to keep it until :meth:`release` or the end of all that this job starts.
 
-        Locks whose holder is gone are removed. Where it fails it leaves nothing behind.
+        Stale locks are removed. Where it fails it leaves nothing behind.
 
-        :raises LockHeldError: when another job holds the lock
-        :raises LockError: when the directory is no place for a lock, when a lock in it cannot be
-                           judged, or when the system fails
+        :raises LockHeldError: when another job holds the lock, or something of it still runs
+        :raises LockUnknownError: when nobody can tell whether it does
+        :raises LockDirectoryError: when the directory is no place for a lock
+        :raises LockError: when the system fails
+        :raises RuntimeError: when this object has the lock already
         """
+        if self._dir_fd is not None:
+            raise RuntimeError(f"the lock {self.path} has been acquired already")
         try:
             dir_fd = self._open_directory()
-            guarded = _guard(dir_fd)
+            guarded = _take_guard(dir_fd)
             self._publish(dir_fd)
             self._look_at_others(dir_fd, guarded)
+            self._mark = mark(self.path)
+            _drop_guard(dir_fd)
         except BaseException as error:
-            # The file goes before the guard: nobody shall be turned away by one who gives up.
+            # The file goes before the guard: nobody shall be refused because of one who gives up.
             self._withdraw()
             if isinstance(error, OSError):
-                raise LockError(
-                    f"{self.path}: {error.strerror}. Correct that, or set another lock directory."
-                ) from error
+                raise LockDirectoryError(f"{self.path}: {error.strerror}.") from error
             raise
-        with contextlib.suppress(OSError):
-            fcntl.flock(dir_fd, fcntl.LOCK_UN)
-        self.held = True
+
+    def wait(self, holder: Holder, timeout: float) -> bool:
+        """Wait until a live lock is no longer held; meanwhile nobody sees that somebody waits.
+
+        :param holder: whose lock it is
+        :param timeout: how long to wait, in seconds
+        :return: whether it is worth an attempt to take the lock
+        """
+        deadline = time.monotonic() + timeout
+        while still_holds(holder):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return False
+            # By chance, so that those who wait on several hosts do not always meet.
+            time.sleep(min(remaining, POLL_INTERVAL * random.uniform(0.5, 1)))
+        return True
+
+    def left_behind(self) -> list[Process] | None:
+        """Find what this job has started and still runs; None where that cannot be seen."""
+        try:
+            return left_of([traces(self.path, os.geteuid())])[0]
+        except OSError:
+            return None
 
     def release(self) -> None:
-        """Remove the lock file and let go of the lock; without the lock, do nothing.
+        """Remove the lock file; without the lock, do nothing.
 
         What goes wrong is warned of, not raised: the file is no longer in place, so that other
         jobs may have run at the same time, or it cannot be removed.
         """
         # When a signal interrupts this it may be called again: then the file may well be gone.
         if self.held:
-            self.held = False
-            if not self._in_place():
-                self._warn(
-                    f"The lock file {self.path} was removed or replaced while the job ran. Other "
-                    "jobs may have run at the same time and changed the files that it used. Find "
-                    "out what did it: a cleaner of temporary files, for example."
+            self._unmark()
+            if not self._is_in_place():
+                LOG.warning(
+                    "The lock file %s was removed or replaced while the job ran. Other jobs may "
+                    "have run at the same time and changed the files that it used. Find out what "
+                    "did it: a cleaner of temporary files, for example.",
+                    self.path,
                 )
         error = self._withdraw()
         if error:
-            self._warn(
-                f"The lock file {self.path} could not be removed: {error.strerror}. It stops "
-                "nobody: the next job that may remove it will."
+            LOG.warning(
+                "The lock file %s could not be removed: %s. It stops nobody once nothing of the "
+                "job runs: then the next job that may remove it will.",
+                self.path,
+                error.strerror,
             )
+
+    def leave(self) -> None:
+        """Leave the lock file in place: it is live as long as anything runs that the job started.
+
+        Without the lock, do nothing.
+        """
+        self._unmark()
+        self._close()
 
     def _open_directory(self) -> int:
         try:
             self._dir_fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            _open_locks.add(self)
+            status = os.fstat(self._dir_fd)
         except FileNotFoundError as error:
-            raise LockError(
-                f"the lock directory {self._directory} does not exist. Create it, or set another."
+            raise LockDirectoryError(
+                f"the lock directory {self._directory} does not exist. Create it."
             ) from error
         except NotADirectoryError as error:
-            raise LockError(
-                f"the lock directory {self._directory} is not a directory. Set another."
+            raise LockDirectoryError(
+                f"the lock directory {self._directory} is not a directory."
             ) from error
         except (OSError, ValueError) as error:
             # A ValueError is about characters that no path can have.
-            raise LockError(
-                f"the lock directory {self._directory!r} cannot be opened: {error}. "
-                "Correct that, or set another."
+            raise LockDirectoryError(
+                f"the lock directory {self._directory!r} cannot be opened: {error}."
             ) from error
-        _open_locks.add(self)
+        if _others_may_remove_files(status):
+            LOG.warning(
+                "Others may write in the lock directory %s and, since it has no sticky bit, remove "
+                "the lock while the job runs. Prevent that: chmod +t %s",
+                self._directory,
+                self._directory,
+            )
         return self._dir_fd
 
     def _publish(self, dir_fd: int) -> None:
-        """Give the lock file its name only when it is complete and under flock."""
-        unpublished = _UNPUBLISHED + self._name
+        """Publish a lock file, anew if need be.
+
+        Each host has a guard of its own. So a job on another one may remove the unpublished file
+        before it has its kernel lock.
+        """
+        for attempt in range(1, PUBLISH_ATTEMPTS + 1):
+            self._name = new_name(self._job_id)
+            try:
+                self._publish_once(dir_fd)
+                break
+            except OSError as error:
+                if not is_gone(error) or attempt == PUBLISH_ATTEMPTS:
+                    raise
+                self._close_file()
+
+    def _publish_once(self, dir_fd: int) -> None:
+        """Give the lock file its name only when it is complete and has its kernel lock."""
+        unpublished = UNPUBLISHED + self._name
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
-            # Nobody else may open it before the flock is there.
-            self._fd = os.open(
-                unpublished, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600, dir_fd=dir_fd
-            )
+            # Nobody else may open it before the kernel lock is there.
+            self._fd = os.open(unpublished, flags, mode=0o600, dir_fd=dir_fd)
         except OSError as error:
-            raise LockError(
-                f"the lock directory {self._directory} cannot be written: {error.strerror}. "
-                "Correct that, or set another."
+            raise LockDirectoryError(
+                f"the lock directory {self._directory} cannot be written: {error.strerror}."
             ) from error
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_kernel_lock(self._fd)
         except OSError as error:
-            raise LockError(
-                f"the lock directory {self._directory} allows no flock: {error.strerror}. "
-                "Set one on a local file system."
+            if is_gone(error):
+                raise
+            raise LockDirectoryError(
+                f"the lock directory {self._directory} is on a file system that does not lock "
+                f"files: {error.strerror}."
             ) from error
-        content = b"%d\n\n" % os.getpid()
-        if os.write(self._fd, content) < len(content):
+        text = content()
+        if os.write(self._fd, text) < len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # Whatever the umask: everybody may read who holds the lock.
         os.fchmod(self._fd, 0o644)
         os.rename(unpublished, self._name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
 
     def _look_at_others(self, dir_fd: int, guarded: bool) -> None:
-        # By a descriptor of its own: on some file systems one shows only what was there when it was
-        # opened, which dir_fd was before the lock file was published.
-        listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
-        try:
-            with os.scandir(listing) as entries:
-                regular = {
-                    entry.name: entry.is_file(follow_symlinks=False)
-                    for entry in entries
-                    if _PREFIX in entry.name
-                }
-        finally:
-            os.close(listing)
-        if not regular.pop(self._name, False):
+        """Judge all other locks, remove the stale ones, and give up where one is in the way."""
+        names = _list(dir_fd)
+        if self._name not in names:
             raise LockError(f"the lock file {self.path} was removed. Find out what did it.")
-        strange = []
-        removed = 0
-        for name, is_regular in regular.items():
-            match = _NAME.fullmatch(name)
-            if not match:
-                continue
-            if not is_regular:
-                strange.append(name)
-            elif not match["unpublished"]:
-                removed += self._look_at_lock(dir_fd, name, match["job_id"])
-            elif guarded:
-                # Without the guard somebody may be about to publish it.
-                _sweep(dir_fd, name)
+        names.remove(self._name)
+        if guarded:
+            # Without the guard somebody on this host may be about to publish one.
+            _remove_unpublished(dir_fd, [name for name in names if name.startswith(UNPUBLISHED)])
+        paths = [os.path.join(self._directory, name) for name in names if is_name(name)]
+        found: dict[Verdict, list[Judgement]] = {verdict: [] for verdict in Verdict}
+        for judgement in judge(paths, dir_fd):
+            found[judgement.verdict].append(judgement)
+        self._pass_over(found[Verdict.NO_LOCK])
+        self._remove(found[Verdict.STALE], dir_fd)
+        # What does not end by itself comes first: nobody shall wait and then be stopped by it.
+        for judgement in found[Verdict.UNKNOWN]:
+            raise LockUnknownError(judgement.holder, judgement.reason)
+        for judgement in found[Verdict.LIVE]:
+            raise LockHeldError(judgement.holder)
+
+    def _pass_over(self, strange: list[Judgement]) -> None:
         if strange:
-            self._warn(
-                f"Passed over {len(strange)} in {self._directory} that are named like a lock, but "
-                f"are no regular files, so that no job made them. One is {strange[0]}."
+            LOG.warning(
+                "Passed over %d in %s that are named like a lock, but are no regular files, so "
+                "that no job made them. One is %s.",
+                len(strange),
+                self._directory,
+                strange[0].holder.path,
             )
+
+    def _remove(self, stale: list[Judgement], dir_fd: int) -> None:
+        removed = 0
+        for judgement in stale:
+            path = judgement.holder.path
+            try:
+                os.unlink(os.path.basename(path), dir_fd=dir_fd)
+                removed += 1
+            except OSError as error:
+                if not is_gone(error):
+                    LOG.warning(
+                        "The stale lock file %s could not be removed: %s. It stops nobody, and its "
+                        "owner's next job will remove it.",
+                        path,
+                        error.strerror,
+                    )
         if removed:
-            self._warn(
-                f"Removed {removed} stale lock(s) from {self._directory}. Their jobs were killed: "
-                "tests and guests that they started may still be running."
-            )
+            LOG.info("Removed %d stale lock(s) from %s.", removed, self._directory)
 
-    def _look_at_lock(self, dir_fd: int, name: str, job_id: str) -> bool:
-        """Remove the lock if it is stale, and raise if it is not.
-
-        :return: whether it was there and could be removed
-        """
-        path = self._path_of(name)
-        try:
-            with _opened(dir_fd, name) as fd:
-                flocked = _is_flocked(fd)
-                status = os.fstat(fd)
-                content = os.read(fd, _CONTENT_LIMIT)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise LockError(
-                f"the lock file {path} cannot be judged: {error.strerror}. "
-                "Remove it if you are sure that no job holds it."
-            ) from error
-        pid, writer_flocks = _parse(content)
-        if flocked or (pid and not writer_flocks and _may_hold(pid, status.st_mtime)):
-            raise LockHeldError(Holder(path, pid, status.st_uid, job_id, status.st_mtime))
-        if not pid and not _lost_in_power_cut(content, status):
-            raise LockError(
-                f"the lock file {path} cannot be judged: there is no PID in it. "
-                "Remove it if you are sure that no job holds it."
-            )
-        try:
-            os.unlink(name, dir_fd=dir_fd)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            self._warn(
-                f"The stale lock file {path} could not be removed: {error.strerror}. It stops "
-                "nobody, and its owner's next job will remove it. Its job was killed: tests and "
-                "guests that it started may still be running."
-            )
-            return False
-        return True
-
-    def _in_place(self) -> bool:
+    def _is_in_place(self) -> bool:
         assert self._fd is not None
         try:
             return os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
@@ -290,34 +333,41 @@ class JobLock:
 
         :return: why the file could not be removed, if so
         """
+        self._unmark()
         failure = None
         if self._dir_fd is not None:
-            for name in (_UNPUBLISHED + self._name, self._name):
+            for name in (UNPUBLISHED + self._name, self._name):
                 try:
                     os.unlink(name, dir_fd=self._dir_fd)
-                except FileNotFoundError:
-                    pass
                 except OSError as error:
-                    failure = error
+                    if not is_gone(error):
+                        failure = error
         self._close()
         return failure
 
+    def _unmark(self) -> None:
+        variable, self._mark = self._mark, None
+        if variable:
+            unmark(variable)
+
     def _close(self) -> None:
-        fds = (self._fd, self._dir_fd)
-        self._fd = self._dir_fd = None
-        self.held = False
-        for fd in fds:
-            if fd is not None:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+        self._mark = None
+        self._close_file()
+        dir_fd, self._dir_fd = self._dir_fd, None
+        if dir_fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(dir_fd)
         _open_locks.discard(self)
 
-    def _path_of(self, name: str) -> str:
-        return os.path.join(self._directory, name)
+    def _close_file(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
-# The lock is the job's alone: a child must neither keep the flock when the job is gone, nor remove
-# the file.
+# The lock is the job's alone: a child must neither keep the kernel lock when the job is gone, nor
+# remove the file. The mark it keeps, since it is of the job.
 _open_locks: weakref.WeakSet[JobLock] = weakref.WeakSet()
 
 
@@ -329,8 +379,8 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _guard(dir_fd: int) -> bool:
-    """Keep other contenders out if that can be had in time.
+def _take_guard(dir_fd: int) -> bool:
+    """Keep other contenders on this host out, if that can be had in time.
 
     :param dir_fd: the lock directory; closing it lets the others in
     :return: whether they are kept out
@@ -348,73 +398,48 @@ def _guard(dir_fd: int) -> bool:
         time.sleep(0.005)
 
 
-@contextlib.contextmanager
-def _opened(dir_fd: int, name: str) -> Iterator[int]:
-    """Open a file of whatever kind, without following or waiting for anything."""
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=dir_fd)
+def _drop_guard(dir_fd: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(dir_fd, fcntl.LOCK_UN)
+
+
+def _list(dir_fd: int) -> list[str]:
+    """List what in a directory is named like a lock, published or not."""
+    # By a descriptor of its own: on some file systems one shows only what was there when it was
+    # opened, which dir_fd was before the lock file was published.
+    listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
     try:
-        yield fd
+        with os.scandir(listing) as entries:
+            return [
+                entry.name
+                for entry in entries
+                if PREFIX in entry.name and is_name(entry.name.removeprefix(UNPUBLISHED))
+            ]
     finally:
-        os.close(fd)
+        os.close(listing)
 
 
-def _is_flocked(fd: int) -> bool:
-    """Tell whether somebody holds the flock; it is shared, so that two who ask do not collide."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False
+def _remove_unpublished(dir_fd: int, names: list[str]) -> None:
+    """Remove what processes left that died before they published their lock."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                with opened(name, dir_fd, deadline=0) as fd:
+                    if not has_kernel_lock(fd):
+                        os.unlink(name, dir_fd=dir_fd)
 
 
-def _parse(content: bytes) -> tuple[int | None, bool]:
-    """Read the PID, and whether its process holds a flock as long as it lives."""
-    match = _CONTENT.fullmatch(content)
-    if not match or not 0 < int(match["pid"]) < _PID_LIMIT:
-        return None, False
-    return int(match["pid"]), match["writer_flocks"] is not None
-
-
-def _sweep(dir_fd: int, name: str) -> None:
-    """Remove what a process left that died before it published its lock."""
-    with contextlib.suppress(OSError), _opened(dir_fd, name) as fd:
-        if not _is_flocked(fd):
-            os.unlink(name, dir_fd=dir_fd)
-
-
-def _may_hold(pid: int, written: float) -> bool:
-    """Tell whether a process may be the one that wrote its PID into a file.
-
-    The facts are from kill(2) and proc_pid_stat(5).
-
-    :param pid: the process, in the PID namespace of this one
-    :param written: when the file was written, in seconds since the Epoch
-    :return: False only where there is no such process, or where it started after that
-    """
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def _others_may_remove_files(status: os.stat_result) -> bool:
+    """Tell whether other users than its owner may remove files from a directory."""
+    if status.st_mode & stat.S_ISVTX:
         return False
-    except OSError:
-        pass
-    try:
-        if os.readlink("/proc/self") != str(os.getpid()):
-            return True  # This /proc shows another PID namespace.
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The second field, a name in parentheses, may hold anything.
-            fields = file.read().rpartition(b")")[2].split()
-        state, started = fields[0], int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError, ValueError):
-        return True
-    return state not in (b"Z", b"X") and _boot_time() + started <= written + CLOCK_SLACK
-
-
-def _lost_in_power_cut(content: bytes, status: os.stat_result) -> bool:
-    """Tell whether a file's name reached the disk before a power cut but its content did not."""
-    blank = len(content) == status.st_size and not content.strip(b"\0")
-    return blank and status.st_mtime + CLOCK_SLACK < _boot_time()
-
-
-def _boot_time() -> float:
-    """Tell when this system started, in seconds since the Epoch by the clock as it is set now."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    if status.st_mode & stat.S_IWGRP:
+        # In many systems each user has a group of the same name, with nobody else in it.
+        try:
+            private = grp.getgrgid(status.st_gid).gr_name == pwd.getpwuid(status.st_uid).pw_name
+        except KeyError:
+            private = False
+        if not private:
+            return True
+    return bool(status.st_mode & stat.S_IWOTH)

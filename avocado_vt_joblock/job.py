@@ -1,0 +1,306 @@
+"""A job with VT tests: what is set for its lock, its turn, its end, and what its user is told."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import math
+import os
+import pwd
+import sys
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from avocado_vt_joblock.lock import (
+    JobLock,
+    LockDirectoryError,
+    LockError,
+    LockHeldError,
+    LockUnknownError,
+)
+from avocado_vt_joblock.settings import DIR, TIMEOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from avocado.core.job import Job
+
+    from avocado_vt_joblock.lockfile import Holder
+    from avocado_vt_joblock.processes import Process
+
+#: How long to wait at the end of a job for what is left of it, in seconds.
+END_TIMEOUT = 5.0
+#: How often a job that waits for the lock says so, in seconds.
+REMINDER_INTERVAL = 300.0
+#: How many processes are named, and how many characters of the command line of each.
+PROCESS_LIMIT = 10
+COMMAND_LIMIT = 100
+#: What ``avocado.core.exit_codes.AVOCADO_JOB_INTERRUPTED`` is.
+JOB_INTERRUPTED = 8
+
+LOG = logging.getLogger(__name__)
+
+
+class _ToAvocado(logging.Handler):
+    """Passes on what this package logs: to the users of Avocado, and to the job's log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for name in ("avocado.app", "avocado.job"):
+            logging.getLogger(name).handle(record)
+
+
+_package_log = logging.getLogger(__package__)
+_package_log.setLevel(logging.INFO)
+_package_log.propagate = False
+_package_log.addHandler(_ToAvocado())
+
+
+class TimeoutSettingError(LockError):
+    """What is set as the time to wait for the lock makes no sense."""
+
+
+class LockedJob:
+    """A job with VT tests, and its lock.
+
+    :param job: the job
+    :raises LockError: when an option makes no sense
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._timeout = _timeout(job.config[TIMEOUT])
+        self._lock = JobLock(_directory(job.config[DIR]), str(job.unique_id))
+        # For a job that does not come to its end(), after one Ctrl-C too many for example.
+        weakref.finalize(self, _release_or_leave, self._lock, 0)
+
+    def begin(self) -> None:
+        """Take the lock, and wait for it if that is set.
+
+        :raises LockError: when it could not be taken
+        """
+        started = time.monotonic()
+        deadline = started + self._timeout
+        told = None
+        while True:
+            try:
+                self._lock.acquire()
+                break
+            except LockHeldError as error:
+                if time.monotonic() >= deadline:
+                    error.waited = time.monotonic() - started if told else 0
+                    raise
+                holder = error.holder
+            if holder != told:
+                told = holder
+                LOG.info("Waiting %s: %s", _until(deadline), _describe(holder))
+            while not self._lock.wait(holder, min(REMINDER_INTERVAL, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    break
+                LOG.info("Still waiting, %s, after %s.", _until(deadline), _duration_since(started))
+        if told:
+            LOG.info("Obtained the lock after %s.", _duration_since(started))
+
+    def end(self, job: Job) -> None:
+        """Release the lock, unless something of the job still runs.
+
+        :param job: the job that has ended, in whatever way
+        """
+        if _tests_have_ended(job):
+            # Then a guest that runs on is left on purpose.
+            self._lock.release()
+        else:
+            _release_or_leave(self._lock, END_TIMEOUT)
+
+
+def explain(error: BaseException, job: Job) -> str:
+    """Tell the user of a job why it was stopped, and what to do.
+
+    :param error: what stopped it
+    :param job: the job
+    """
+    if isinstance(error, LockHeldError):
+        waited = f"{_duration(error.waited)} of waiting were not enough: " if error.waited else ""
+        return waited + _describe(error.holder) + "\n" + _remedy(error.holder)
+    if isinstance(error, LockUnknownError):
+        owner = _user(error.holder.uid)
+        return (
+            f"{error}.\nIts owner is {owner}. If no job of {owner} with VT tests runs any more, "
+            f"then {owner} or root can remove it:\n    rm {error.holder.path}"
+        )
+    if isinstance(error, TimeoutSettingError):
+        return f"{error}\n{_where_to_set(TIMEOUT)}"
+    if isinstance(error, LockDirectoryError):
+        return (
+            f"{error} Correct that, or set another lock directory.\n"
+            f"It is {DIR} = {job.config[DIR]!r}.\n{_where_to_set(DIR)}"
+        )
+    if isinstance(error, LockError):
+        return str(error)
+    return f"{type(error).__name__}: {error}. Details are in {job.logfile}."
+
+
+def _timeout(value: object) -> float:
+    """Check what is set as the time to wait; return seconds, or infinity."""
+    seconds = math.nan
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            seconds = float(value)
+    if seconds == -1:
+        return math.inf
+    if not 0 <= seconds < math.inf:
+        raise TimeoutSettingError(
+            f"{TIMEOUT} = {value!r} is not a time to wait. Set a number of seconds, 0 to fail at "
+            "once, or -1 to wait for as long as it takes."
+        )
+    return seconds
+
+
+def _directory(value: object) -> str:
+    """Check what is set as the lock directory, short of looking whether it is there."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not path or not isinstance(path, str):
+        raise LockDirectoryError("no lock directory is set.")
+    path = os.path.expanduser(path)
+    if not os.path.isabs(path):
+        raise LockDirectoryError(
+            f"the lock directory {path} is not an absolute path. ~ and ~USER are expanded if there "
+            "is such a user; variables and quotes are taken as they are."
+        )
+    return path
+
+
+def _tests_have_ended(job: Job) -> bool:
+    """Tell whether every test of a job has ended by itself, so that none outlives the job."""
+    try:
+        # Avocado calls post() while an exception is on its way out of the job, too.
+        if sys.exc_info()[0] or job.status != "PASS" or job.exitcode & JOB_INTERRUPTED:
+            return False
+        tests = sum(len(suite.tests or ()) for suite in job.test_suites if suite.enabled)
+        results = [test["status"] for test in job.result.tests]  # type: ignore[union-attr]
+    except Exception:
+        return False
+    return len(results) >= tests and not {"INTERRUPTED", "ERROR"} & set(results)
+
+
+def _release_or_leave(lock: JobLock, timeout: float) -> None:
+    """Release the lock if nothing of the job runs any more, and else leave the lock file.
+
+    :param timeout: how long to wait for that, in seconds; Ctrl-C ends the waiting
+    """
+    if not lock.held:
+        return
+    try:
+        left = _wait_for_the_rest(lock, timeout)
+        if left is None:
+            LOG.warning(
+                "/proc does not show whether tests or guests of the job still run. So its lock "
+                "file stays: %s. Remove it when nothing of the job runs any more.",
+                lock.path,
+            )
+        elif left:
+            LOG.warning(
+                "The job has ended, but %d process(es) of it still run.%s\n%s\n"
+                "Until they have ended no other job with VT tests runs in this lock directory, and "
+                "the lock file stays: %s. The next job removes it.",
+                len(left),
+                _list(left),
+                _advice(left),
+                lock.path,
+            )
+        else:
+            lock.release()
+    finally:
+        lock.leave()
+
+
+def _wait_for_the_rest(lock: JobLock, timeout: float) -> list[Process] | None:
+    deadline = time.monotonic() + timeout
+    with contextlib.suppress(KeyboardInterrupt):
+        left = lock.left_behind()
+        while left and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if not any(process.is_running() for process in left):
+                left = lock.left_behind()
+    return lock.left_behind()
+
+
+def _describe(holder: Holder) -> str:
+    if holder.processes:
+        what = "a job has ended, but processes of it still run."
+        pid = ""
+    else:
+        what = "another job holds the lock."
+        pid = f"\n    PID:    {holder.pid or 'unknown'}"
+    return f"""{what}
+    file:   {holder.path}{pid}
+    user:   {_user(holder.uid)}
+    job id: {holder.job_id}
+    since:  {_local_time(holder.since)}{_list(holder.processes)}"""
+
+
+def _remedy(holder: Holder) -> str:
+    if holder.processes:
+        return _advice(holder.processes)
+    return f"""Wait until that job is done, or set {TIMEOUT} to have this one wait.
+If your jobs use a data directory of their own, then give them a lock directory of their own as
+well: {DIR}."""
+
+
+def _list(processes: Sequence[Process]) -> str:
+    """List processes, each in a line; command lines are anybody's words, so they are tamed."""
+    lines = [f"\n    {this.pid:>7}  {_printable(this.command)}" for this in processes]
+    if len(lines) > PROCESS_LIMIT:
+        lines[PROCESS_LIMIT:] = [f"\n    and {len(lines) - PROCESS_LIMIT} more"]
+    return "".join(lines)
+
+
+def _advice(processes: Sequence[Process]) -> str:
+    pids = " ".join(str(process.pid) for process in processes[:PROCESS_LIMIT])
+    return (
+        "They may be cleaning up and restoring images: wait for them. If they hang, end them with\n"
+        f"    kill {pids}\n"
+        "and check the images before the next job."
+    )
+
+
+def _printable(text: str) -> str:
+    tame = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:COMMAND_LIMIT])
+    return tame if len(text) <= COMMAND_LIMIT else f"{tame[:COMMAND_LIMIT]}..."
+
+
+def _user(uid: int | None) -> str:
+    if uid is None:
+        return "unknown"
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _local_time(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return "unknown"
+
+
+def _until(deadline: float) -> str:
+    if deadline == math.inf:
+        return "for as long as it takes"
+    return f"until {_local_time(time.time() + deadline - time.monotonic())}"
+
+
+def _duration_since(started: float) -> str:
+    return _duration(time.monotonic() - started)
+
+
+def _duration(seconds: float) -> str:
+    return f"{datetime.timedelta(seconds=round(seconds))} h"
+
+
+def _where_to_set(option: str) -> str:
+    section, _, key = option.rpartition(".")
+    return (
+        f"Set {option} ({key} in section [{section}]) in a config file that avocado config lists."
+    )

@@ -1,0 +1,268 @@
+"""Processes, as ``/proc`` shows them: which are of a job, and whether one may have written a file.
+
+A job marks its own process with an environment variable, which all that it starts inherits: the
+runners, their tests, the guests and the helpers of these. Others find it in ``/proc/PID/environ``,
+which only the user of a process and root may read. The command line of a test, which everybody may
+read, names the job as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+#: How far the clocks that date a file and a process may be apart, in seconds.
+CLOCK_SLACK = 10.0
+#: How often to look for processes that are new, or were in the middle of an exec.
+ROUNDS = 10
+#: How long to wait where a round has found only such as are in the middle of an exec, in seconds.
+PAUSE = 0.005
+
+_MARK = "AVOCADO_VT_JOBLOCK_"
+_JOB_ID = re.compile(r"[0-9a-f]{40}")
+# The flag PF_KTHREAD and the states of what has ended, of proc_pid_stat(5).
+_KERNEL_THREAD = 0x00200000
+_ENDED = ("Z", "X")
+
+
+class Process(NamedTuple):
+    """A process that was found running."""
+
+    pid: int
+    #: The command line, or the name in brackets where there is none; it can be anybody's words.
+    command: str
+    #: When it started, in clock ticks since the system did.
+    started: int
+
+    def is_running(self) -> bool:
+        """Tell whether it still runs; another process that has its PID now is another one."""
+        try:
+            stat = _stat(self.pid)
+        except OSError:
+            return False
+        return stat.started == self.started and stat.state not in _ENDED
+
+
+class Traces(NamedTuple):
+    """By what the processes of a job are known."""
+
+    #: The last part of the path that the job's process was marked with.
+    mark: str
+    #: As :func:`job_key` makes it.
+    job_id: str
+    #: Whose processes count, and root's always do. Anybody can set a variable or a command line.
+    uids: frozenset[int]
+
+
+def job_key(job_id: str) -> str:
+    """Make 40 hexadecimal digits of a job id: of one that is no such number its SHA-1."""
+    key = job_id.lower()
+    if _JOB_ID.fullmatch(key):
+        return key
+    return hashlib.sha1(key.encode(errors="surrogatepass"), usedforsecurity=False).hexdigest()
+
+
+def mark(path: str) -> str:
+    """Mark this process, and so all that it starts from now on.
+
+    :param path: what the mark says; its last part tells jobs apart
+    :return: the environment variable, for :func:`unmark`
+    """
+    # One for each mark, since a process may have several jobs, one after the other or in threads.
+    variable = f"{_MARK}{os.getpid()}_{os.urandom(4).hex()}"
+    os.environ[variable] = path
+    return variable
+
+
+def unmark(variable: str) -> None:
+    """Take a mark back from this process; what has inherited it keeps it."""
+    os.environ.pop(variable, None)
+
+
+def left_of(jobs: Sequence[Traces]) -> list[list[Process] | None]:
+    """Find the processes of jobs in one pass over ``/proc``; this process does not count.
+
+    :param jobs: what to look for
+    :return: for each job its processes; None where those of its users cannot be seen
+    :raises OSError: when ``/proc`` does not even show this process
+    """
+    found: list[list[Process]] = [[] for _ in jobs]
+    sees_others = os.geteuid() == 0
+    for look in _looks():
+        sees_others = sees_others or (look.environ is None and look.words is not None)
+        for job, processes in zip(jobs, found):
+            if _is_of(job, look) and (process := _process(look)):
+                processes.append(process)
+    return [
+        sorted(processes) if processes or sees_others or os.geteuid() in job.uids else None
+        for job, processes in zip(jobs, found)
+    ]
+
+
+def may_have_written(pid: int, when: float) -> bool:
+    """Tell whether a process may be the one that wrote its PID into a file.
+
+    The facts are from kill(2) and proc_pid_stat(5).
+
+    :param pid: the process, in the PID namespace of this one
+    :param when: when the file was written, in seconds since the Epoch
+    :return: False only where there is no such process, or where it started after that
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return True  # This /proc shows another PID namespace.
+        stat = _stat(pid)
+    except OSError:
+        return True
+    started = boot_time() + stat.started / os.sysconf("SC_CLK_TCK")
+    return stat.state not in _ENDED and started <= when + CLOCK_SLACK
+
+
+def boot_time() -> float:
+    """Tell when this system started, in seconds since the Epoch by the clock as it is set now."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class _Look(NamedTuple):
+    """What is to be seen of a process; None for what this user may not see."""
+
+    pid: str
+    environ: bytes | None
+    words: list[bytes] | None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is not in the middle of an exec, nor at its end: there it has neither."""
+        return bool(self.environ) or (self.environ is None and self.words != [])
+
+    @property
+    def test_of(self) -> str | None:
+        """The id of the job whose test it runs, by the command line that Avocado gives a runner."""
+        words = self.words or []
+        try:
+            return job_key(os.fsdecode(words[words.index(b"-j", words.index(b"task-run")) + 1]))
+        except (ValueError, IndexError):
+            return None
+
+
+def _looks() -> Iterator[_Look]:
+    """Look once at each process but this one, until none is left that has not been looked at.
+
+    One that forks and ends meanwhile has its child among the new ones of the next round.
+    """
+    # Not getpid(): this /proc may show another PID namespace.
+    done = {os.readlink("/proc/self")}
+    unsettled: list[_Look] = []
+    for _ in range(ROUNDS):
+        todo = [pid for pid in os.listdir("/proc") if pid.isdigit() and pid not in done]
+        if not todo:
+            break
+        if len(todo) == len(unsettled):
+            time.sleep(PAUSE)
+        unsettled = []
+        for pid in todo:
+            look = _look_at(pid)
+            if look and not look.is_settled:
+                unsettled.append(look)
+            else:
+                done.add(pid)
+                if look:
+                    yield look
+    yield from unsettled
+
+
+def _look_at(pid: str) -> _Look | None:
+    """Look at a process; return None if it has ended, or if it is a thread of the kernel."""
+    try:
+        environ, command = _read(pid, "environ"), _read(pid, "cmdline")
+        if not environ and command == b"":
+            stat = _stat(int(pid))
+            if stat.state in _ENDED or stat.flags & _KERNEL_THREAD:
+                return None
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return _Look(pid, environ, None if command is None else command.split(b"\0")[:-1])
+
+
+def _is_of(job: Traces, look: _Look) -> bool:
+    if not look.is_settled:
+        # Without a command line nobody can tell what it is.
+        return not look.words and _user(look.pid) in job.uids
+    marks = _marks(look.environ or b"")
+    test_of = look.test_of
+    if job.mark not in marks:
+        # Whose environment is not to be seen is known by its command line.
+        is_of = test_of == job.job_id and not marks
+    elif test_of in (None, job.job_id):
+        is_of = True
+    else:
+        # Jobs at the same time in one process share its marks: this may be a test of another one.
+        siblings = [name for name, holder in marks.items() if holder == marks[job.mark]]
+        is_of = not any(test_of in name for name in siblings)
+    return is_of and _user(look.pid) in {*job.uids, 0}
+
+
+def _marks(environ: bytes) -> dict[str, str]:
+    """The last parts of what a process is marked with, each with the PID of who set that mark."""
+    marks = {}
+    for entry in os.fsdecode(environ).split("\0"):
+        if entry.startswith(_MARK):
+            variable, _, path = entry.partition("=")
+            marks[path.rpartition("/")[2]] = variable[len(_MARK) :].partition("_")[0]
+    return marks
+
+
+def _process(look: _Look) -> Process | None:
+    """Describe a process, unless it has ended."""
+    try:
+        stat = _stat(int(look.pid))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    if stat.state in _ENDED:
+        return None
+    command = os.fsdecode(b" ".join(look.words or [])) or f"[{stat.name}]"
+    return Process(int(look.pid), command, stat.started)
+
+
+class _Stat(NamedTuple):
+    name: str
+    state: str
+    started: int
+    flags: int
+
+
+def _stat(pid: int) -> _Stat:
+    """Read what proc_pid_stat(5) describes."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        # The name, in parentheses, may hold anything.
+        head, _, tail = os.fsdecode(file.read()).rpartition(")")
+    fields = tail.split()
+    return _Stat(head.partition("(")[2], fields[0], int(fields[19]), int(fields[6]))
+
+
+def _user(pid: str) -> int | None:
+    """Tell the real user id; the owner of /proc/PID is root's where a process hides its memory."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(b"Uid:"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _read(pid: str, what: str) -> bytes | None:
+    """Read a file of a process; return None where that is not permitted."""
+    try:
+        with open(f"/proc/{pid}/{what}", "rb", buffering=0) as file:
+            return file.readall()
+    except PermissionError:
+        return None
