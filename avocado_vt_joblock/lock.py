@@ -230,7 +230,7 @@ class JobLock:
         return self._dir_fd
 
     def _publish(self, dir_fd: int) -> None:
-        """Publish a lock file, anew if need be.
+        """Publish a lock file, anew if it is lost.
 
         Each host has a guard of its own. So a job on another one may remove the unpublished file
         before it has its kernel lock.
@@ -241,7 +241,8 @@ class JobLock:
                 self._publish_once(dir_fd)
                 break
             except OSError as error:
-                if not is_gone(error) or attempt == PUBLISH_ATTEMPTS:
+                lost = is_gone(error) or isinstance(error, FileExistsError)
+                if not lost or attempt == PUBLISH_ATTEMPTS:
                     raise
                 self._close_file()
 
@@ -252,6 +253,8 @@ class JobLock:
         try:
             # Nobody else may open it before the kernel lock is there.
             self._fd = os.open(unpublished, flags, mode=0o600, dir_fd=dir_fd)
+        except FileExistsError:
+            raise
         except OSError as error:
             raise LockDirectoryError(
                 f"the lock directory {self._directory} cannot be written: {error.strerror}."

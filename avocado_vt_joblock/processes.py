@@ -8,6 +8,8 @@ read, names the job as well.
 
 from __future__ import annotations
 
+import collections
+import errno
 import hashlib
 import os
 import re
@@ -17,9 +19,11 @@ from typing import NamedTuple
 
 #: How far the clocks that date a file and a process may be apart, in seconds.
 CLOCK_SLACK = 10.0
-#: How often to look for processes that are new, or were in the middle of an exec.
-ROUNDS = 10
-#: How long to wait where a round has found only such as are in the middle of an exec, in seconds.
+#: How long to look again and again at processes that come and go, in seconds.
+SETTLE_TIMEOUT = 1.0
+#: How often to look before it is believed that a process has no environment, and how long to wait
+#: in between, in seconds.
+BARE_LOOKS = 3
 PAUSE = 0.005
 
 _MARK = "AVOCADO_VT_JOBLOCK_"
@@ -88,15 +92,15 @@ def left_of(jobs: Sequence[Traces]) -> list[list[Process] | None]:
 
     :param jobs: what to look for
     :return: for each job its processes; None where those of its users cannot be seen
-    :raises OSError: when ``/proc`` does not even show this process
+    :raises OSError: when ``/proc`` does not even show this process, or is never at rest
     """
     found: list[list[Process]] = [[] for _ in jobs]
     sees_others = os.geteuid() == 0
     for look in _looks():
         sees_others = sees_others or (look.environ is None and look.words is not None)
         for job, processes in zip(jobs, found):
-            if _is_of(job, look) and (process := _process(look)):
-                processes.append(process)
+            if look.process and _is_of(job, look):
+                processes.append(look.process)
     return [
         sorted(processes) if processes or sees_others or os.geteuid() in job.uids else None
         for job, processes in zip(jobs, found)
@@ -136,14 +140,16 @@ def boot_time() -> float:
 class _Look(NamedTuple):
     """What is to be seen of a process; None for what this user may not see."""
 
-    pid: str
     environ: bytes | None
     words: list[bytes] | None
+    #: The process and its real user id, where it may be of a job.
+    process: Process | None
+    user: int | None
 
     @property
-    def is_settled(self) -> bool:
-        """Whether it is not in the middle of an exec, nor at its end: there it has neither."""
-        return bool(self.environ) or (self.environ is None and self.words != [])
+    def is_bare(self) -> bool:
+        """Whether there is nothing to be seen where something could be."""
+        return not self.environ and (self.environ is not None or self.words == [])
 
     @property
     def test_of(self) -> str | None:
@@ -156,48 +162,74 @@ class _Look(NamedTuple):
 
 
 def _looks() -> Iterator[_Look]:
-    """Look once at each process but this one, until none is left that has not been looked at.
+    """Look at each process but this one, until a round in which none ended and none changed.
 
-    One that forks and ends meanwhile has its child among the new ones of the next round.
+    What ended before it was looked at may have forked one that a later round shows. In the middle
+    of an exec a process has neither environment nor command line for a moment; one that has none
+    for long, at its end for example, comes last.
+
+    :raises OSError: when there is no such round in time
     """
     # Not getpid(): this /proc may show another PID namespace.
     done = {os.readlink("/proc/self")}
-    unsettled: list[_Look] = []
-    for _ in range(ROUNDS):
-        todo = [pid for pid in os.listdir("/proc") if pid.isdigit() and pid not in done]
-        if not todo:
-            break
-        if len(todo) == len(unsettled):
-            time.sleep(PAUSE)
-        unsettled = []
-        for pid in todo:
-            look = _look_at(pid)
-            if look and not look.is_settled:
-                unsettled.append(look)
-            else:
+    times_bare: collections.Counter[str] = collections.Counter()
+    deadline = time.monotonic() + SETTLE_TIMEOUT
+    while True:
+        ended = False
+        bare = {}
+        for pid in [name for name in os.listdir("/proc") if name.isdigit() and name not in done]:
+            try:
+                look = _look_at(pid)
+            except (FileNotFoundError, ProcessLookupError):
+                ended = True
                 done.add(pid)
-                if look:
-                    yield look
-    yield from unsettled
+                continue
+            if look and look.is_bare:
+                times_bare[pid] += 1
+                # What has a command line has an empty environment indeed.
+                if not look.words or times_bare[pid] < BARE_LOOKS:
+                    bare[pid] = look
+                    continue
+            done.add(pid)
+            if look:
+                yield look
+        if not ended and not bare:
+            return
+        if time.monotonic() > deadline:
+            break
+        if not ended:
+            time.sleep(PAUSE)
+    if ended or min(times_bare[pid] for pid in bare) < BARE_LOOKS:
+        raise OSError(errno.EAGAIN, "processes come and go too fast")
+    yield from bare.values()
 
 
 def _look_at(pid: str) -> _Look | None:
-    """Look at a process; return None if it has ended, or if it is a thread of the kernel."""
-    try:
-        environ, command = _read(pid, "environ"), _read(pid, "cmdline")
-        if not environ and command == b"":
-            stat = _stat(int(pid))
-            if stat.state in _ENDED or stat.flags & _KERNEL_THREAD:
-                return None
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return _Look(pid, environ, None if command is None else command.split(b"\0")[:-1])
+    """Look at a process; return None for a thread of the kernel.
+
+    :raises FileNotFoundError: when it has ended
+    :raises ProcessLookupError: when it has ended
+    """
+    environ, command = _read(pid, "environ"), _read(pid, "cmdline")
+    words = None if command is None else command.split(b"\0")[:-1]
+    if _MARK.encode() not in (environ or b"") and b"task-run" not in (words or []):
+        if environ or words != []:
+            return _Look(environ, words, None, None)
+        stat = _stat(int(pid))
+        if stat.flags & _KERNEL_THREAD:
+            return None
+    # What ends while this is read counts as ended, not as seen.
+    stat = _stat(int(pid))
+    if stat.state in _ENDED:
+        raise ProcessLookupError
+    text = os.fsdecode(b" ".join(words or [])) or f"[{stat.name}]"
+    return _Look(environ, words, Process(int(pid), text, stat.started), _user(pid))
 
 
 def _is_of(job: Traces, look: _Look) -> bool:
-    if not look.is_settled:
-        # Without a command line nobody can tell what it is.
-        return not look.words and _user(look.pid) in job.uids
+    if look.is_bare and not look.words:
+        # It is held up in an exec or at its end, and nobody can tell what it is.
+        return look.user in job.uids
     marks = _marks(look.environ or b"")
     test_of = look.test_of
     if job.mark not in marks:
@@ -209,7 +241,7 @@ def _is_of(job: Traces, look: _Look) -> bool:
         # Jobs at the same time in one process share its marks: this may be a test of another one.
         siblings = [name for name, holder in marks.items() if holder == marks[job.mark]]
         is_of = not any(test_of in name for name in siblings)
-    return is_of and _user(look.pid) in {*job.uids, 0}
+    return is_of and look.user in {*job.uids, 0}
 
 
 def _marks(environ: bytes) -> dict[str, str]:
@@ -220,18 +252,6 @@ def _marks(environ: bytes) -> dict[str, str]:
             variable, _, path = entry.partition("=")
             marks[path.rpartition("/")[2]] = variable[len(_MARK) :].partition("_")[0]
     return marks
-
-
-def _process(look: _Look) -> Process | None:
-    """Describe a process, unless it has ended."""
-    try:
-        stat = _stat(int(look.pid))
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    if stat.state in _ENDED:
-        return None
-    command = os.fsdecode(b" ".join(look.words or [])) or f"[{stat.name}]"
-    return Process(int(look.pid), command, stat.started)
 
 
 class _Stat(NamedTuple):
@@ -250,13 +270,10 @@ def _stat(pid: int) -> _Stat:
     return _Stat(head.partition("(")[2], fields[0], int(fields[19]), int(fields[6]))
 
 
-def _user(pid: str) -> int | None:
-    """Tell the real user id; the owner of /proc/PID is root's where a process hides its memory."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(b"Uid:"))
-    except (FileNotFoundError, ProcessLookupError):
-        return None
+def _user(pid: str) -> int:
+    """Read the real user id; the files in /proc/PID are root's where a process hides its memory."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(b"Uid:"))
 
 
 def _read(pid: str, what: str) -> bytes | None:

@@ -1,7 +1,7 @@
-"""A job made with the Job API: ``job_api.py CONFIG RECIPE...``, a suite for each recipe.
+"""A job made with the Job API: ``job_api.py OPTIONS RECIPE...``, a suite for each recipe.
 
-CONFIG is JSON: what the caller passes as the job's configuration. It prints what ``Job.run()``
-returns, and exits with that.
+OPTIONS is JSON: under ``job`` what the caller passes as the job's configuration, under ``suites``
+what it passes to each suite. It prints what ``Job.run()`` returns, and exits with that.
 """
 
 import json
@@ -13,18 +13,19 @@ from avocado.core.nrunner.runnable import Runnable
 from avocado.core.suite import TestSuite
 
 
-def main(config, *recipes):
+def main(options, *recipes):
+    options = {"job": {}, "suites": {}, **json.loads(options)}
     suites = []
     for recipe in recipes:
         runnable = json.loads(Path(recipe).read_text())
         arguments = runnable.get("args", [])
         test = Runnable(runnable["kind"], runnable["uri"], *arguments, **runnable["kwargs"])
-        suites.append(TestSuite(name=Path(recipe).stem, tests=[test]))
+        suites.append(TestSuite(name=Path(recipe).stem, tests=[test], **options["suites"]))
     # A suite that nobody has resolved has None for tests.
     suites.append(TestSuite(name="unresolved", enabled=False))
     # Avocado's collector of system information can hang when it is interrupted.
     usual = {"core.show": ["app"], "sysinfo.collect.enabled": False}
-    with Job({**usual, **json.loads(config)}, suites) as job:
+    with Job({**usual, **options["job"]}, suites) as job:
         code = job.run()
     print(f"returned {code}", flush=True)
     return code

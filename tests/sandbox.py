@@ -18,6 +18,8 @@ HERE = Path(__file__).resolve().parent
 AVOCADO = int(metadata.version("avocado-framework").split(".")[0])
 AVOCADO_READS_RECIPES = AVOCADO >= 105
 LOCK_GLOB = "avocado-vt-joblock-*.pid"
+#: How the message of a job that was stopped begins.
+FAILURE = "Failure trying to set Avocado-VT job lock: "
 #: How long anything may take before it counts as a hang, in seconds.
 HANG = 120
 
@@ -82,11 +84,15 @@ class Sandbox:
 
     def popen(self, *command: str | Path, **options: object) -> subprocess.Popen[str]:
         """Start a command in the sandbox; :meth:`close` ends it with all that it started."""
-        defaults = {"env": self.environment, "cwd": self.root, "stdin": subprocess.DEVNULL}
+        defaults = {
+            "env": self.environment,
+            "cwd": self.root,
+            "stdin": subprocess.DEVNULL,
+            "stderr": subprocess.STDOUT,
+        }
         process = subprocess.Popen(
             [*self.prefix, *map(str, command)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
             # It is ignored by what a shell without job control starts in the background.
@@ -106,29 +112,50 @@ class Sandbox:
         assert code == 0, text
         return text
 
-    def vt_test(self, name: str, outcome: str = "pass") -> VTTest:
+    def vt_test(self, name: str, outcome: str = "pass", guest: bool = False) -> VTTest:
         """Make a VT test."""
-        return VTTest(self, name, outcome)
+        return VTTest(self, name, outcome, guest)
 
-    def run(self, *tests: VTTest | Path, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    def run(
+        self, *tests: VTTest | Path, options: Sequence[str] = (), **popen: object
+    ) -> subprocess.Popen[str]:
         """Start ``avocado run``, or what comes nearest where that does not read recipes."""
         if AVOCADO_READS_RECIPES:
-            return self.avocado("run", "--disable-sysinfo", *options, "--", *recipes(tests))
+            words = ["run", "--disable-sysinfo", *options, "--", *recipes(tests)]
+            return self.avocado(*words, **popen)
         assert not options
-        return self.job_api({}, *tests)
+        return self.job_api({}, *tests, **popen)
 
-    def job_api(self, config: dict[str, object], *tests: VTTest | Path) -> subprocess.Popen[str]:
+    def job_api(
+        self,
+        config: dict[str, object],
+        *tests: VTTest | Path,
+        suites: dict[str, object] | None = None,
+        **popen: object,
+    ) -> subprocess.Popen[str]:
         """Start a job by the Job API with a suite for each test."""
-        return self.popen(self.python, HERE / "job_api.py", json.dumps(config), *recipes(tests))
+        words = [json.dumps({"job": config, "suites": suites or {}}), *recipes(tests)]
+        return self.popen(self.python, HERE / "job_api.py", *words, **popen)
+
+    def living(self) -> dict[int, bytes]:
+        """The processes that were started here, at whatever remove, and have not ended.
+
+        :return: their command lines by their PIDs
+        """
+        ours = f"TMPDIR={self.root}".encode()
+        return {
+            pid: command
+            for pid, command in _commands().items()
+            if ours in _read(f"/proc/{pid}/environ").split(b"\0")
+        }
 
     def close(self) -> None:
         """End what is still running."""
-        for process in self.processes:
-            # Its whole session: a job's tests are processes of their own.
-            for pid in session(process.pid):
+        while living := self.living():
+            for pid in living:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            process.kill()
+        for process in self.processes:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream:
@@ -140,10 +167,14 @@ class VTTest:
 
     :param sandbox: where it runs
     :param name: its name
-    :param outcome: ``pass`` or ``fail``
+    :param outcome: ``pass``, ``fail`` or ``error``
+    :param guest: whether it leaves a process behind
     """
 
-    def __init__(self, sandbox: Sandbox, name: str, outcome: str) -> None:
+    def __init__(
+        self, sandbox: Sandbox, name: str, outcome: str = "pass", guest: bool = False
+    ) -> None:
+        self.guest_pid = sandbox.root / f"{name}.guest"
         self.record = sandbox.root / f"{name}.record"
         self.until = sandbox.root / f"{name}.until"
         self.recipe = sandbox.root / f"{name}.json"
@@ -161,6 +192,7 @@ class VTTest:
             "record": str(self.record),
             "until": str(self.until),
             "outcome": outcome,
+            "guest": str(self.guest_pid) if guest else "",
         }
         self.recipe.write_text(
             json.dumps({"kind": "avocado-vt", "uri": name, "kwargs": parameters})
@@ -169,6 +201,11 @@ class VTTest:
     def end(self) -> None:
         """Let the test end, now or as soon as it runs."""
         self.until.touch()
+
+    @property
+    def guest(self) -> int:
+        """The PID of the process that it leaves behind."""
+        return int(self.guest_pid.read_text())
 
     def notes(self) -> list[tuple[str, float]]:
         """What the test has recorded: pairs of ``begin`` or ``end`` and seconds."""
@@ -179,6 +216,16 @@ class VTTest:
     def has_begun(self) -> bool:
         """Whether it has started to run."""
         return bool(self.notes())
+
+
+def exec_recipe(sandbox: Sandbox, until: Path) -> Path:
+    """Make a test of another kind that ends when a file appears."""
+    recipe = sandbox.root / "other.json"
+    script = f"touch {sandbox.root}/other.begun; until test -e {until}; do sleep 0.02; done"
+    recipe.write_text(
+        json.dumps({"kind": "exec-test", "uri": "/bin/sh", "args": ["-c", script], "kwargs": {}})
+    )
+    return recipe
 
 
 def recipes(tests: Sequence[VTTest | Path]) -> list[Path]:
@@ -228,21 +275,57 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str] | None =
         time.sleep(0.02)
 
 
-def session(leader: int) -> dict[int, bytes]:
-    """The processes of a session that have not ended, other than its leader.
-
-    :return: their command lines by their PIDs
-    """
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != leader:
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                # One that nobody has waited for yet has no command line any more.
-                if os.getsid(int(entry.name)) == leader:
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes()
-    return {pid: command for pid, command in found.items() if command}
-
-
 def running_tests(job: subprocess.Popen[str]) -> dict[int, bytes]:
-    """The processes of a job that run a test."""
-    return {pid: text for pid, text in session(job.pid).items() if b"\0task-run\0" in text}
+    """The processes of a job that run a test, which are in its session."""
+    return {
+        pid: command
+        for pid, command in _commands().items()
+        if b"\0task-run\0" in command and _session(pid) == job.pid
+    }
+
+
+def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start a job that runs until its test is told to end; wait until that has begun."""
+    job = sandbox.run(test, options=options)
+    wait_for(lambda: test.has_begun, job)
+    return job
+
+
+def assert_runs(sandbox: Sandbox, name: str) -> str:
+    """Assert that a job gets the lock, runs its test and removes the lock; return its output."""
+    test = sandbox.vt_test(name)
+    test.end()
+    code, text = finish(sandbox.run(test))
+    assert code == 0, text
+    assert [what for what, _ in test.notes()] == ["begin", "end"]
+    assert list(sandbox.lock_dir.iterdir()) == []
+    return text
+
+
+def assert_refused(job: subprocess.Popen[str], test: VTTest) -> str:
+    """Assert that a job ends with the exit code of a failed job before its test runs."""
+    code, text = finish(job)
+    assert code == 2, text
+    assert not test.has_begun
+    assert text.count(FAILURE) == 1
+    assert "Traceback" not in text
+    return text
+
+
+def _commands() -> dict[int, bytes]:
+    """The command lines of all processes; one that nobody has waited for yet has none any more."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    commands = {pid: _read(f"/proc/{pid}/cmdline") for pid in pids}
+    return {pid: command for pid, command in commands.items() if command}
+
+
+def _session(pid: int) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return None
+
+
+def _read(path: str) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(path).read_bytes()
+    return b""

@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from sandbox import finish, session, wait_for
+from sandbox import finish, wait_for
 
 JOBS = 6
 
@@ -49,7 +49,7 @@ def test_next_job_runs_after_an_end_at_any_moment(sandbox, rounds, signum):
             except subprocess.TimeoutExpired:
                 os.killpg(job.pid, signum)
             wait = 2
-        wait_for(lambda: not session(job.pid))  # noqa: B023
+        wait_for(lambda: not sandbox.living())
         following = sandbox.vt_test(f"following{number}")
         following.end()
         code, text = finish(sandbox.run(following))

@@ -1,10 +1,7 @@
 """Real jobs with real VT tests: what the plugin promises to the users of Avocado."""
 
-import fcntl
-import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -12,71 +9,43 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from needs import SOME_USER, needs_other_users
 from sandbox import (
     AVOCADO,
     AVOCADO_READS_RECIPES,
+    FAILURE,
     HERE,
-    can_act_as_others,
+    assert_refused,
+    assert_runs,
+    exec_recipe,
     finish,
-    running_tests,
-    session,
+    start,
     wait_for,
 )
 
-FAILURE = "Failure trying to set Avocado-VT job lock: "
-NAME = re.compile(r"avocado-vt-joblock-([0-9a-f]{40})-(\d+)-[0-9a-z]{8}\.pid")
+from avocado_vt_joblock.lockfile import take_kernel_lock
 
-# Belongs to nobody.
-SOME_USER = 54321
+NAME = re.compile(r"avocado-vt-joblock-([0-9a-f]{40})-(\d+)-[0-9a-z]{8}\.pid")
 
 pytestmark = pytest.mark.skipif(
     AVOCADO < 105 and sys.version_info >= (3, 13),
     reason=f"avocado-vt {AVOCADO} imports pipes, which is gone from Python 3.13",
 )
 
-needs_root = pytest.mark.skipif(not can_act_as_others(), reason="acting as others is not permitted")
 needs_recipes = pytest.mark.skipif(
     not AVOCADO_READS_RECIPES, reason=f"avocado run of Avocado {AVOCADO} reads no recipes"
 )
 
 
-def start(sandbox, name="holder"):
-    """Start a job, and return it and its test as soon as that runs."""
-    test = sandbox.vt_test(name)
-    job = sandbox.run(test)
-    wait_for(lambda: test.has_begun, job)
-    return job, test
-
-
-def assert_runs(sandbox, name):
-    """Assert that a job gets the lock, runs its test and removes the lock."""
-    test = sandbox.vt_test(name)
+@pytest.fixture
+def holder(sandbox):
+    """A job that holds the lock, and its test."""
+    test = sandbox.vt_test("holder")
+    job = start(sandbox, test)
+    yield job, test
     test.end()
-    code, text = finish(sandbox.run(test))
-    assert code == 0, text
-    assert [what for what, _ in test.notes()] == ["begin", "end"]
-    assert sandbox.locks() == []
-    return text
-
-
-def assert_turned_away(sandbox, job, test):
-    """Assert that a job ended with the exit code of a failed job before its test ran."""
     code, text = finish(job)
-    assert code == 2, text
-    assert not test.has_begun
-    assert text.count(FAILURE) == 1
-    assert "Traceback" not in text
-    return text
-
-
-def exec_recipe(sandbox, until):
-    """Make a test of another kind that ends when a file appears."""
-    recipe = sandbox.root / "other.json"
-    script = f"touch {sandbox.root}/other.begun; until test -e {until}; do sleep 0.02; done"
-    recipe.write_text(
-        json.dumps({"kind": "exec-test", "uri": "/bin/sh", "args": ["-c", script], "kwargs": {}})
-    )
-    return recipe
+    assert code == 0, text
 
 
 def test_listed_under_job_prepost(sandbox):
@@ -84,8 +53,13 @@ def test_listed_under_job_prepost(sandbox):
     assert re.search(r"^vt-joblock +Avocado-VT Job Lock/Unlock$", section[1], re.MULTILINE)
 
 
-def test_lock_file_during_the_job(sandbox):
-    job, test = start(sandbox)
+def test_listed_once(sandbox):
+    # avocado-vt's plugin of this name is switched off.
+    assert sandbox.output("plugins").count(" Avocado-VT Job Lock/Unlock\n") == 1
+
+
+def test_lock_file_during_the_job(sandbox, holder):
+    job, test = holder
     (lock,) = sandbox.locks()
     job_id, uid = NAME.fullmatch(lock.name).groups()
     (id_file,) = (sandbox.home / "avocado/job-results").glob("job-*/id")
@@ -99,11 +73,11 @@ def test_lock_file_during_the_job(sandbox):
     assert list(sandbox.lock_dir.iterdir()) == []
 
 
-def test_second_job_is_turned_away(sandbox):
-    job, test = start(sandbox)
+def test_second_job_is_refused(sandbox, holder):
+    job, test = holder
     (lock,) = sandbox.locks()
     other = sandbox.vt_test("other")
-    text = assert_turned_away(sandbox, sandbox.run(other), other)
+    text = assert_refused(sandbox.run(other), other)
     job_id = NAME.fullmatch(lock.name)[1]
     for told in (str(lock), str(job.pid), job_id, "Wait", "plugins.vtjoblock.dir"):
         assert told in text
@@ -120,77 +94,14 @@ def test_second_job_is_turned_away(sandbox):
     assert_runs(sandbox, "next")
 
 
-def test_released_after_a_failed_test(sandbox):
-    test = sandbox.vt_test("failing", outcome="fail")
-    test.end()
-    code, text = finish(sandbox.run(test))
-    assert code == 1, text
-    assert test.has_begun
-    assert sandbox.locks() == []
-
-
-# Only ``avocado run`` turns SIGTERM into an exit; a caller of the Job API may do so.
-@pytest.mark.parametrize(
-    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=needs_recipes)]
-)
-def test_released_after_a_signal(sandbox, signum):
-    job, _ = start(sandbox)
-    assert sandbox.locks()
-    job.send_signal(signum)
-    code, text = finish(job)
-    assert code != 0, text
-    assert sandbox.locks() == []
-    assert running_tests(job) == {}
-
-
-@pytest.mark.parametrize(
-    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=needs_recipes)]
-)
-def test_released_after_a_signal_to_all(sandbox, signum):
-    # As by Ctrl-C in a terminal, and once more by the impatient.
-    job, _ = start(sandbox)
-    os.killpg(job.pid, signum)
-    wait_for(lambda: job.poll() is not None or not session(job.pid))
-    job.send_signal(signum)
-    code, text = finish(job)
-    assert code != 0, text
-    assert sandbox.locks() == []
-    assert running_tests(job) == {}
-
-
 @needs_recipes
-def test_test_that_outlives_its_job_is_ended(sandbox):
-    test = sandbox.vt_test("endless")
-    job = sandbox.run(test, options=["--job-timeout=10"])
-    wait_for(lambda: test.has_begun, job)
-    code, text = finish(job)
-    assert code == 8, text
-    assert re.search(r"Killed tests of the job that still ran \(PIDs \d+", text)
-    assert running_tests(job) == {}
-    assert sandbox.locks() == []
-    assert_runs(sandbox, "next")
-    assert [what for what, _ in test.notes()] == ["begin"]
-
-
-def test_leftover_of_a_killed_job_is_removed(sandbox):
-    job, test = start(sandbox)
-    (lock,) = sandbox.locks()
-    job.kill()
-    job.wait()
-    assert sandbox.locks() == [lock]
-    test.end()
-    text = assert_runs(sandbox, "next")
-    assert "stale" in text
-    assert FAILURE not in text
-
-
-@needs_recipes
-def test_other_kinds_neither_take_nor_heed_the_lock(sandbox):
+def test_other_kinds_ignore_the_lock(sandbox):
     until = sandbox.root / "other.until"
     other = sandbox.run(exec_recipe(sandbox, until))
     wait_for((sandbox.root / "other.begun").exists, other)
     assert sandbox.locks() == []
-    job, test = start(sandbox)
+    test = sandbox.vt_test("holder")
+    job = start(sandbox, test)
     until.touch()
     assert finish(other)[0] == 0
     code, text = finish(sandbox.run(exec_recipe(sandbox, until)))
@@ -200,7 +111,7 @@ def test_other_kinds_neither_take_nor_heed_the_lock(sandbox):
 
 
 @needs_recipes
-def test_dry_run_neither_takes_nor_heeds_the_lock(sandbox):
+def test_dry_run_ignores_the_lock(sandbox):
     # Where it took the lock it would fail, since it could not be created.
     sandbox.configure("[plugins.vtjoblock]\ndir = /proc\n")
     test = sandbox.vt_test("dry")
@@ -236,61 +147,81 @@ def test_vt_test_in_the_second_suite_takes_the_lock(sandbox):
     assert sandbox.locks() == []
 
 
-def test_rejected_job_runs_no_pre_job_script(sandbox):
-    scripts = sandbox.root / "pre.d"
-    scripts.mkdir()
-    (scripts / "script").write_text(f"#!/bin/sh\necho ran >> {sandbox.root}/pre\n")
-    (scripts / "script").chmod(0o755)
-    with sandbox.config.open("a") as config:
-        config.write(f"[plugins.jobscripts]\npre = {scripts}\n")
-    job, test = start(sandbox)
-    ran = sandbox.root / "pre"
+def test_disabled_suite_does_not_take_the_lock(sandbox):
+    # Where it took the lock it would fail, since it could not be created.
+    test = sandbox.vt_test("disabled")
+    config = {"plugins.vtjoblock.dir": "/proc"}
+    code, text = finish(sandbox.job_api(config, test, suites={"enabled": False}))
+    assert FAILURE not in text
+    assert not test.has_begun
+    assert code == 0, text
+
+
+def test_refused_job_runs_no_pre_job_script(sandbox):
+    ran = job_scripts(sandbox, "pre", "echo ran")
+    test, other = sandbox.vt_test("test"), sandbox.vt_test("other")
+    job = start(sandbox, test)
     assert ran.read_text() == "ran\n"
-    other = sandbox.vt_test("other")
-    assert_turned_away(sandbox, sandbox.run(other), other)
+    assert_refused(sandbox.run(other), other)
     assert ran.read_text() == "ran\n"
     test.end()
     assert finish(job)[0] == 0
 
 
 def test_post_job_scripts(sandbox):
-    scripts = sandbox.root / "post.d"
-    scripts.mkdir()
-    (scripts / "script").write_text(
-        "#!/bin/sh\n"
-        f"echo $AVOCADO_JOB_STATUS $(ls {sandbox.lock_dir} | wc -l) >> {sandbox.root}/post\n"
-    )
-    (scripts / "script").chmod(0o755)
-    with sandbox.config.open("a") as config:
-        config.write(f"[plugins.jobscripts]\npost = {scripts}\n")
-    job, test = start(sandbox)
-    other = sandbox.vt_test("other")
-    assert_turned_away(sandbox, sandbox.run(other), other)
+    ran = job_scripts(sandbox, "post", f"echo $AVOCADO_JOB_STATUS $(ls {sandbox.lock_dir} | wc -l)")
+    test, other = sandbox.vt_test("test"), sandbox.vt_test("other")
+    job = start(sandbox, test)
+    assert_refused(sandbox.run(other), other)
     test.end()
     assert finish(job)[0] == 0
-    # They can tell a job that was turned away, and run when the lock is released.
-    assert (sandbox.root / "post").read_text() == "ERROR 1\nPASS 0\n"
+    # They can tell a job that was refused, and run when the lock is released.
+    assert ran.read_text() == "ERROR 1\nPASS 0\n"
+
+
+def job_scripts(sandbox, phase, command):
+    """Have all jobs run a command before or after; return the file of what it prints."""
+    scripts = sandbox.root / f"{phase}.d"
+    scripts.mkdir()
+    printed = sandbox.root / phase
+    (scripts / "script").write_text(f"#!/bin/sh\n{command} >> {printed}\n")
+    (scripts / "script").chmod(0o755)
+    with sandbox.config.open("a") as config:
+        config.write(f"[plugins.jobscripts]\n{phase} = {scripts}\n")
+    return printed
 
 
 @pytest.mark.skipif(AVOCADO < 105, reason=f"Avocado {AVOCADO} has no other way than to exit")
-def test_job_api_returns_when_turned_away(sandbox):
-    job, test = start(sandbox)
+def test_job_api_returns_when_refused(sandbox, holder):
     other = sandbox.vt_test("other")
-    text = assert_turned_away(sandbox, sandbox.job_api({}, other), other)
+    text = assert_refused(sandbox.job_api({}, other), other)
     assert text.endswith("returned 2\n")
-    test.end()
-    assert finish(job)[0] == 0
 
 
-def test_details_are_in_the_job_log(sandbox):
-    job, test = start(sandbox)
+def test_details_are_in_the_job_log(sandbox, holder):
     other = sandbox.vt_test("other")
-    assert_turned_away(sandbox, sandbox.run(other), other)
-    log = (sandbox.home / "avocado/job-results/latest/job.log").read_text()
+    assert_refused(sandbox.run(other), other)
+    log = job_log(sandbox)
     assert FAILURE in log
     assert "Traceback" in log
+
+
+def job_log(sandbox):
+    return (sandbox.home / "avocado/job-results/latest/job.log").read_text()
+
+
+def test_warnings_are_on_standard_error_and_in_the_job_log(sandbox):
+    sandbox.lock_dir.chmod(0o777)
+    test = sandbox.vt_test("test")
     test.end()
-    assert finish(job)[0] == 0
+    errors = sandbox.root / "errors"
+    with errors.open("w") as file:
+        code, text = finish(sandbox.run(test, stderr=file))
+    assert code == 0, text
+    warning = f"chmod +t {sandbox.lock_dir}"
+    assert warning not in text
+    assert errors.read_text().count(warning) == 1
+    assert job_log(sandbox).count(warning) == 1
 
 
 def test_callers_directory_wins(sandbox):
@@ -309,7 +240,8 @@ def test_home_is_expanded(sandbox):
     sandbox.lock_dir = sandbox.home / "locks"
     sandbox.lock_dir.mkdir()
     sandbox.configure("[plugins.vtjoblock]\ndir = ~/locks\n")
-    job, test = start(sandbox)
+    test = sandbox.vt_test("test")
+    job = start(sandbox, test)
     assert len(sandbox.locks()) == 1
     test.end()
     assert finish(job)[0] == 0
@@ -321,8 +253,8 @@ def test_home_is_expanded(sandbox):
         ("/nonexistent/locks", "does not exist"),
         ("/etc/passwd", "is not a directory"),
         ("/proc", "cannot be written"),
-        ("locks", "is no absolute path"),
-        ("~nobody-of-this-name/locks", "is no absolute path"),
+        ("locks", "is not an absolute path"),
+        ("~nobody-of-this-name/locks", "is not an absolute path"),
         ("", "no lock directory is set"),
     ],
 )
@@ -330,20 +262,68 @@ def test_bad_setting_stops_the_job(sandbox, value, complaint):
     sandbox.configure(f"[plugins.vtjoblock]\ndir = {value}\n")
     test = sandbox.vt_test("test")
     test.end()
-    text = assert_turned_away(sandbox, sandbox.run(test), test)
+    text = assert_refused(sandbox.run(test), test)
     assert complaint in text
     assert f"plugins.vtjoblock.dir = {value!r}" in text
     assert not os.path.lexists("/nonexistent")
 
 
-@needs_root
+@pytest.mark.parametrize("value", ["soon", "", "-2", "nan", "inf", "1 h", "1e999"])
+def test_bad_timeout_stops_the_job(sandbox, value):
+    with sandbox.config.open("a") as config:
+        config.write(f"timeout = {value}\n")
+    test = sandbox.vt_test("test")
+    test.end()
+    text = assert_refused(sandbox.run(test), test)
+    assert f"plugins.vtjoblock.timeout = {value!r} is not a time to wait" in text
+    assert "-1 to wait for as long as it takes" in text
+    assert list(sandbox.lock_dir.iterdir()) == []
+
+
+@needs_recipes
+def test_bad_timeout_is_nothing_to_jobs_without_vt_tests(sandbox):
+    with sandbox.config.open("a") as config:
+        config.write("timeout = soon\n")
+    until = sandbox.root / "until"
+    until.touch()
+    code, text = finish(sandbox.run(exec_recipe(sandbox, until)))
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("value", [True, None, [1], {}, 10**400])
+def test_bad_timeout_of_a_caller_stops_the_job(sandbox, value):
+    test = sandbox.vt_test("test")
+    test.end()
+    text = assert_refused(sandbox.job_api({"plugins.vtjoblock.timeout": value}, test), test)
+    assert f"plugins.vtjoblock.timeout = {value!r} is not a time to wait" in text
+
+
+@needs_other_users
 def test_directory_of_another_user(sandbox):
     test = sandbox.vt_test("test")
     test.end()
     sandbox.belong_to(SOME_USER)
     os.chown(sandbox.lock_dir, 0, 0)
-    text = assert_turned_away(sandbox, sandbox.run(test), test)
+    text = assert_refused(sandbox.run(test), test)
     assert "cannot be written: Permission denied" in text
+
+
+@needs_other_users
+def test_lock_of_another_user_that_nobody_can_judge(sandboxes):
+    """Its owner is named, and no other lock directory advised: that would not keep jobs apart."""
+    owner, other = sandboxes(), sandboxes()
+    owner.lock_dir.chmod(0o1777)
+    lock = owner.lock_dir / f"avocado-vt-joblock-{1:040x}-{SOME_USER}-00000001.pid"
+    lock.touch()
+    os.chown(lock, SOME_USER, SOME_USER)
+    other.configure(f"[plugins.vtjoblock]\ndir={owner.lock_dir}\n")
+    test = other.vt_test("test")
+    other.belong_to(SOME_USER + 1)
+    text = assert_refused(other.run(test), test)
+    assert f"cannot tell whether a job still holds {lock}: there is no PID in it." in text
+    assert f"Its owner is {SOME_USER}." in text
+    assert "lock directory" not in text
+    assert "plugins.vtjoblock.dir" not in text
 
 
 @pytest.mark.parametrize("value", [None, 7, "\0", ["/tmp"]])
@@ -351,7 +331,7 @@ def test_bad_value_of_a_caller_stops_the_job(sandbox, value):
     test = sandbox.vt_test("test")
     test.end()
     job = sandbox.job_api({"plugins.vtjoblock.dir": value}, test)
-    text = assert_turned_away(sandbox, job, test)
+    text = assert_refused(job, test)
     assert f"plugins.vtjoblock.dir = {value!r}" in text
 
 
@@ -392,7 +372,7 @@ def slow_guard(dir_fd):
     time.sleep(60)
 
 signal.signal(signal.SIGALRM, interrupt)
-lock._guard = slow_guard
+lock._take_guard = slow_guard
 sys.path.insert(0, sys.argv.pop(1))
 import job_api
 sys.exit(job_api.main(*sys.argv[1:]))
@@ -404,26 +384,68 @@ def test_odd_interruption_stops_the_job(sandbox):
     test = sandbox.vt_test("test")
     test.end()
     job = sandbox.popen(sys.executable, "-c", ODD_INTERRUPTION, HERE, "{}", test.recipe)
-    text = assert_turned_away(sandbox, job, test)
+    text = assert_refused(job, test)
     assert "Interruption: from a signal" in text
     assert list(sandbox.lock_dir.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="there is no tmpfs in /dev/shm")
 @pytest.mark.parametrize("when", [0, 2**40, 2**62])
-def test_lock_from_any_time_turns_away(sandbox, when):
+def test_lock_from_any_time_refuses(sandbox, when):
     # Other file systems do not keep such times.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         sandbox.configure(f"[plugins.vtjoblock]\ndir = {directory}\n")
         lock = Path(directory) / f"avocado-vt-joblock-{7:040x}-0-00000007.pid"
         lock.write_text("7")
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with lock.open("r+") as file:
+            take_kernel_lock(file.fileno())
             os.utime(lock, (when, when))
             test = sandbox.vt_test("test")
             test.end()
-            text = assert_turned_away(sandbox, sandbox.run(test), test)
+            text = assert_refused(sandbox.run(test), test)
             assert f"file:   {lock}\n" in text
+
+
+GONE = [
+    ("avocado.core", "exit_codes"),
+    ("avocado.core", "extension_manager"),
+    ("avocado.core", "settings"),
+    ("avocado.core.exceptions", "JobError"),
+    ("avocado.core.extension_manager", "PluginPriority"),
+    ("avocado.core.job", "Job"),
+    ("avocado.core.output", "LOG_JOB"),
+    ("avocado.core.output", "LOG_UI"),
+    ("avocado_vt_joblock.job", "LockedJob"),
+    ("avocado_vt_joblock.job", "explain"),
+    ("avocado_vt_joblock.processes", "left_of"),
+    ("avocado_vt_joblock.settings", "DIR"),
+]
+WITHOUT = """
+import builtins, sys
+module, gone, *sys.argv[1:] = sys.argv[1:]
+real_import = builtins.__import__
+
+def without(name, globals=None, locals=None, fromlist=(), level=0):
+    ours = (globals or {}).get("__name__", "").startswith("avocado_vt_joblock")
+    if ours and name == module and gone in (fromlist or ()):
+        raise ImportError(f"cannot import name {gone!r} from {module!r}")
+    return real_import(name, globals, locals, fromlist, level)
+
+builtins.__import__ = without
+from avocado.core.main import main
+sys.exit(main())
+"""
+
+
+@needs_recipes
+@pytest.mark.parametrize(("module", "gone"), GONE, ids=".".join)
+def test_later_avocado_without_something_does_not_run_unlocked(sandbox, holder, module, gone):
+    """As when a name that this package imports is gone; never are VT tests run unlocked."""
+    test = sandbox.vt_test("test")
+    command = [sys.executable, "-c", WITHOUT, module, gone, "run", "--disable-sysinfo"]
+    text = assert_refused(sandbox.popen(*command, "--", test.recipe), test)
+    assert "Failed to load plugin" not in text or module == "avocado.core"
+    assert len(sandbox.locks()) == 1
 
 
 @needs_recipes
@@ -433,7 +455,7 @@ def test_job_of_the_same_id_is_left_alone(sandbox):
     first = sandbox.run(tests[0], options=options)
     wait_for(lambda: tests[0].has_begun, first)
     # One that is turned away, and one that runs with a lock directory of its own.
-    assert_turned_away(sandbox, sandbox.run(tests[1], options=options), tests[1])
+    assert_refused(sandbox.run(tests[1], options=options), tests[1])
     elsewhere = sandbox.root / "elsewhere"
     elsewhere.mkdir()
     sandbox.configure(f"[plugins.vtjoblock]\ndir = {elsewhere}\n")
@@ -444,53 +466,7 @@ def test_job_of_the_same_id_is_left_alone(sandbox):
     assert code == 0, text
 
 
-def test_second_interruption_frees_the_lock_only_when_no_test_runs(sandbox):
-    job, test = start(sandbox)
-    job.send_signal(signal.SIGINT)
-    log = sandbox.home / "avocado/job-results/latest/full.log"
-    # Then it waits for its test to end, which goes on.
-    wait_for(lambda: "RESULTS" in log.read_text(), job)
-    job.send_signal(signal.SIGINT)
-    finish(job)
-    assert running_tests(job) == {}
-    assert sandbox.locks() == []
-    assert [what for what, _ in test.notes()] == ["begin"]
-
-
-JOB_WITHOUT_POST = """
-import sys
-from avocado.core.job import Job
-sys.path.insert(0, sys.argv.pop(1))
-import job_api
-
-def interrupted(job):
-    raise KeyboardInterrupt
-
-Job.render_results = interrupted
-for _ in range(2):
-    try:
-        job_api.main(*sys.argv[1:])
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
-"""
-
-
-def test_job_that_ends_without_post_lets_go(sandbox):
-    test = sandbox.vt_test("test")
-    job = sandbox.popen(sys.executable, "-c", JOB_WITHOUT_POST, HERE, "{}", test.recipe)
-    for begun in (1, 2):
-        wait_for(lambda: len(test.notes()) == begun, job)  # noqa: B023
-        assert len(sandbox.locks()) == 1
-        job.send_signal(signal.SIGINT)
-    code, text = finish(job)
-    assert code == 0, text
-    assert text.count("interrupted\n") == 2
-    assert running_tests(job) == {}
-    assert [what for what, _ in test.notes()] == ["begin", "begin"]
-    assert sandbox.locks() == []
-
-
-@needs_root
+@needs_other_users
 def test_two_users_with_a_directory_each_run_at_once(sandboxes):
     jobs = []
     for uid in (SOME_USER, SOME_USER + 1):
@@ -498,8 +474,9 @@ def test_two_users_with_a_directory_each_run_at_once(sandboxes):
         sandbox.lock_dir = sandbox.home / "avocado/data/avocado-vt/lockdir"
         sandbox.lock_dir.mkdir()
         sandbox.configure(f"[plugins.vtjoblock]\ndir={sandbox.lock_dir}\n")
+        test = sandbox.vt_test("test")
         sandbox.belong_to(uid)
-        jobs.append(start(sandbox))
+        jobs.append((start(sandbox, test), test))
         (lock,) = sandbox.locks()
         assert NAME.fullmatch(lock.name)[2] == str(uid)
     for job, test in jobs:
@@ -507,16 +484,16 @@ def test_two_users_with_a_directory_each_run_at_once(sandboxes):
         assert finish(job)[0] == 0
 
 
-@needs_root
+@needs_other_users
 def test_two_users_with_one_directory_run_one_after_the_other(sandboxes):
     holder, other = sandboxes(), sandboxes()
     holder.lock_dir.chmod(0o1777)
+    held, test = holder.vt_test("held"), other.vt_test("other")
     holder.belong_to(SOME_USER)
     other.configure(f"[plugins.vtjoblock]\ndir={holder.lock_dir}\n")
-    test = other.vt_test("other")
     other.belong_to(SOME_USER + 1)
-    job, held = start(holder)
-    text = assert_turned_away(other, other.run(test), test)
+    job = start(holder, held)
+    text = assert_refused(other.run(test), test)
     assert f"PID:    {job.pid}\n    user:   {SOME_USER}\n" in text
     held.end()
     assert finish(job)[0] == 0
@@ -562,7 +539,7 @@ def test_lock_of_avocado_vt_is_honoured(sandbox):
     (lock,) = sandbox.locks()
     wait_for(lock.read_text, theirs)
     test = sandbox.vt_test("test")
-    text = assert_turned_away(sandbox, sandbox.run(test), test)
+    text = assert_refused(sandbox.run(test), test)
     assert f"PID:    {theirs.pid}\n" in text
     theirs.kill()
     theirs.wait()
@@ -571,7 +548,7 @@ def test_lock_of_avocado_vt_is_honoured(sandbox):
 
 
 def test_avocado_vt_honours_the_lock(sandbox):
-    job, _ = start(sandbox)
+    job = start(sandbox, sandbox.vt_test("test"))
     code, text = finish(sandbox.popen(sys.executable, "-c", AVOCADO_VT_LOCK))
     assert code == 1
     assert f"acquired by PID {job.pid}" in text
@@ -580,3 +557,42 @@ def test_avocado_vt_honours_the_lock(sandbox):
     # The stale one it removes.
     code, text = finish(sandbox.popen(sys.executable, "-c", AVOCADO_VT_LOCK))
     assert (code, text.splitlines()[-1]) == (0, "locked")
+
+
+MENDED_AVOCADO_VT = """
+import sys
+import avocado
+from avocado_vt.plugins.vt_joblock import VTJobLock
+
+def pre_tests(self, job):
+    if any(test.kind == "avocado-vt" for suite in job.test_suites for test in suite.tests or ()):
+        try:
+            self._lock(job)
+        except Exception as error:
+            print("avocado-vt:", error)
+            sys.exit(2)
+
+VTJobLock.pre_tests = pre_tests
+sys.path.insert(0, sys.argv.pop(1))
+import job_api
+sys.exit(job_api.main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("disable", [None, "[]", "['result_events.vt-joblock']"])
+def test_mended_plugin_of_avocado_vt(sandbox, disable):
+    """It would meet this one's lock file. So it is off, unless a user's list replaces that."""
+    if disable:
+        with sandbox.config.open("a") as config:
+            config.write(f"[plugins]\ndisable = {disable}\n")
+    test = sandbox.vt_test("test")
+    test.end()
+    job = sandbox.popen(sys.executable, "-c", MENDED_AVOCADO_VT, HERE, "{}", test.recipe)
+    code, text = finish(job)
+    if disable == "[]":
+        assert code == 2, text
+        assert f"acquired by PID {job.pid}" in text
+    else:
+        assert code == 0, text
+        assert test.has_begun
+    assert sandbox.locks() == []

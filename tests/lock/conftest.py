@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from holders import job_id, logged
 
 from avocado_vt_joblock.lock import JobLock
 
@@ -38,18 +39,19 @@ def directory():
 
 @pytest.fixture
 def warnings():
-    """What the locks of ``new_lock`` have warned of."""
-    return []
+    """What locks have warned of."""
+    with logged() as texts:
+        yield texts
 
 
 @pytest.fixture
-def new_lock(directory, warnings):
+def new_lock(directory):
     """Make a lock of a job of its own; what is held at the end is released."""
     count = itertools.count(1)
     made = []
 
-    def make(job_id=None):
-        made.append(JobLock(str(directory), job_id or f"{next(count):040x}", warnings.append))
+    def make(job=None, where=directory):
+        made.append(JobLock(str(where), job or job_id(next(count))))
         return made[-1]
 
     yield make

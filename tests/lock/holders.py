@@ -1,12 +1,15 @@
 """Lock files of other processes, live and dead.
 
 As a script ``holders.py DIRECTORY`` is such a process: it tries to take the lock, prints what came
-of it as JSON, and holds the lock until its standard input ends.
+of it as JSON, and holds the lock until its standard input ends. With ``holders.py DIRECTORY
+COMMAND...`` it starts that command, in a session of its own as avocado-vt's tests start guests,
+when it has the lock.
 """
 
 import contextlib
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,13 +18,45 @@ import time
 from avocado_vt_joblock.lock import JobLock, LockError, LockHeldError
 
 CONTENT = {"this package": b"%d\n\n", "avocado-vt": b"%d"}
-SOME_USER = 54321
 AN_HOUR = 3600
 
+_RUN = os.getpid()
 
-def lock_path(directory, number):
+
+class _Texts(logging.Handler):
+    def __init__(self, level):
+        super().__init__(level)
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def logged(level=logging.WARNING):
+    """Collect what the package logs."""
+    handler = _Texts(level)
+    logger = logging.getLogger("avocado_vt_joblock")
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    yield handler.texts
+    logger.removeHandler(handler)
+
+
+def names(directory):
+    """The names of the files in a directory."""
+    return sorted(path.name for path in directory.iterdir())
+
+
+def job_id(number):
+    """The id of a job, which is no other's of a test run at the same time."""
+    return f"{_RUN:032x}{number:08x}"
+
+
+def lock_path(directory, number, uid=None):
     """Where a job's lock file lies."""
-    return directory / f"avocado-vt-joblock-{number:040x}-{os.getuid()}-{number % 10**8:08}.pid"
+    uid = os.getuid() if uid is None else uid
+    return directory / f"avocado-vt-joblock-{job_id(number)}-{uid}-{number:08x}.pid"
 
 
 def dead_pid():
@@ -52,16 +87,16 @@ def date_back(path, seconds):
     os.utime(path, (when, when))
 
 
-def attempt(directory, warnings=None):
+def attempt(directory):
     """Try to take the lock; return it if so, and what came of it."""
-    warnings = [] if warnings is None else warnings
-    lock = JobLock(str(directory), f"{os.getpid():040x}", warnings.append)
-    try:
-        lock.acquire()
-    except LockHeldError as error:
-        return None, {"held": error.holder._asdict()}
-    except LockError as error:
-        return None, {"error": str(error)}
+    lock = JobLock(str(directory), f"{os.getpid():040x}")
+    with logged() as warnings:
+        try:
+            lock.acquire()
+        except LockHeldError as error:
+            return None, {"held": error.holder._asdict()}
+        except LockError as error:
+            return None, {"error": str(error)}
     return lock, {"won": lock.path, "warnings": warnings}
 
 
@@ -100,12 +135,13 @@ class Process:
     """A process that tries to take the lock and then holds it.
 
     :param prefix: a command to run it by
+    :param starts: a command that it starts
     :ivar outcome: what came of it, as ``attempt`` returns it
     """
 
-    def __init__(self, directory, *prefix, **options):
+    def __init__(self, directory, *prefix, starts=(), **options):
         self.popen = subprocess.Popen(
-            [*prefix, sys.executable, __file__, directory],
+            [*prefix, sys.executable, __file__, directory, *starts],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -139,8 +175,13 @@ def process(directory, *prefix, **options):
         made.release()
 
 
-def main(directory):
+def main(directory, *starts):
     lock, outcome = attempt(directory)
+    if starts:
+        guest = subprocess.Popen(
+            starts, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        outcome["guest"] = guest.pid
     print(json.dumps(outcome), flush=True)
     sys.stdin.read()
     if lock:
@@ -148,4 +189,4 @@ def main(directory):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,4 +1,16 @@
-"""Stand between the lock and the system: to count its calls, stop at them, or have them fail."""
+"""Stand between the lock and the system: to count its calls, stop at them, or have them fail.
+
+``count(lock.acquire)`` lists the system calls that taking a lock makes. ::
+
+    with intercepted(at_call(3, lambda name, call: os._exit(1))):
+        lock.acquire()
+
+dies at the fourth. And ::
+
+    run = run_schedule([first.acquire, second.acquire], schedule=[1, 0, 0])
+
+has two contenders make one system call after the other, as the schedule says.
+"""
 
 import contextlib
 import fcntl
@@ -7,18 +19,22 @@ import itertools
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import greenlet
 
-from avocado_vt_joblock import lock
+from avocado_vt_joblock import lock, lockfile, processes
 
+# What it does beyond these is to read files of /proc.
 CALLS = {
-    os: [
+    os: {
         "open",
         "write",
         "fchmod",
         "rename",
         "scandir",
+        "listdir",
+        "stat",
         "fstat",
         "read",
         "close",
@@ -26,13 +42,19 @@ CALLS = {
         "kill",
         "readlink",
         "lstat",
-    ],
-    fcntl: ["flock"],
-    time: ["sleep"],
+    },
+    fcntl: {"flock", "fcntl"},
+    time: {"sleep"},
 }
+#: How often actors that all wait may look again in vain.
+PATIENCE = 20
+# What nobody else can tell whether it has been done, or, of a published file, when.
+PRIVATE = {"write", "fchmod", "fstat", "read", "lstat", "readlink"}
 
 
 class _Module:
+    """A module whose system calls go through a hook."""
+
     def __init__(self, real, hook):
         self._real = real
         self._hook = hook
@@ -49,21 +71,27 @@ class _Module:
 
 @contextlib.contextmanager
 def intercepted(hook):
-    """Have the lock's system calls go through a hook.
+    """Have the system calls of the package go through a hook.
 
-    :param hook: called with the name of the system call and what does and returns it
+    :param hook: called with the name of the system call, and with what does and returns it
     """
-    for module in CALLS:
-        setattr(lock, module.__name__, _Module(module, hook))
+    replaced = [
+        (room, module)
+        for room in (lock, lockfile, processes)
+        for module in CALLS
+        if hasattr(room, module.__name__)
+    ]
+    for room, module in replaced:
+        setattr(room, module.__name__, _Module(module, hook))
     try:
         yield
     finally:
-        for module in CALLS:
-            setattr(lock, module.__name__, module)
+        for room, module in replaced:
+            setattr(room, module.__name__, module)
 
 
 def count(what):
-    """The system calls that something makes."""
+    """The names of the system calls that something makes."""
     calls = []
 
     def hook(name, call):
@@ -75,8 +103,41 @@ def count(what):
     return calls
 
 
-# What no other process can tell whether it has been done, or, of a published file, when.
-PRIVATE = {"write", "fchmod", "fstat", "read", "lstat", "readlink"}
+def at_call(number, instead):
+    """Make a hook that has one system call done in another way.
+
+    :param number: which one, from 0 on
+    :param instead: called as a hook is
+    """
+    numbers = itertools.count()
+
+    def hook(name, call):
+        return instead(name, call) if next(numbers) == number else call()
+
+    return hook
+
+
+class Step(NamedTuple):
+    """A step of a schedule: somebody goes on to their next system call."""
+
+    #: How many could have.
+    ready: int
+    #: Which of them has, from 0 on; the first is the one that made the step before, if it can.
+    taken: int
+    #: Whether any other than the first one would have been a preemption.
+    could_go_on: bool
+
+    @property
+    def is_preemption(self):
+        return self.could_go_on and self.taken > 0
+
+
+class Run(NamedTuple):
+    """What came of a schedule."""
+
+    steps: list
+    #: What each actor has raised, or None.
+    errors: list
 
 
 class Actor(greenlet.greenlet):
@@ -96,64 +157,63 @@ class Actor(greenlet.greenlet):
             self.error = error
 
 
-def run_schedule(whats, prefix):
-    """Run actors by a schedule.
+def run_schedule(whats, schedule, pids=()):
+    """Have actors do something by a schedule.
 
-    :param whats: what each actor does
-    :param prefix: which of the options is taken at each step; the first one after its end
-    :return: for each step the number of options, the one taken, and whether another one than the
-             first means a preemption; and the exception of each actor, or None
+    :param whats: what each of them does
+    :param schedule: who makes each step, as in ``Step.taken``; after its end whoever can go on does
+    :param pids: the processes that they see, for those that come and go are in no schedule
     """
+    visible = {"self", str(os.getpid()), *map(str, pids)}
     actors = [Actor(what) for what in whats]
     director = greenlet.getcurrent()
 
     def hook(name, call):
+        actor = greenlet.getcurrent()
         if name == "sleep":
-            # It polls for the guard: in vain before somebody else has let go of something.
-            greenlet.getcurrent().waits = True
+            # It waits: in vain before somebody else has changed something.
+            actor.waits = True
             director.switch()
             return None
         if name not in PRIVATE:
             director.switch()
-        if name in ("flock", "close"):
-            for actor in actors:
-                actor.waits = False
-        return call()
+        if name in ("flock", "close", "unlink", "kill"):
+            for other in actors:
+                other.waits = other.waits and other is actor
+        return [entry for entry in call() if entry in visible] if name == "listdir" else call()
 
     with intercepted(hook):
-        trace = []
+        steps = []
         current = None
-        for choice in itertools.chain(prefix, itertools.repeat(0)):
+        looks_in_vain = 0
+        for taken in itertools.chain(schedule, itertools.repeat(0)):
             ready = [actor for actor in actors if not actor.dead and not actor.waits]
             if not ready:
-                assert all(actor.dead for actor in actors), "they wait for each other"
+                # Time passes, and whoever waits looks again.
+                ready = [actor for actor in actors if not actor.dead]
+                looks_in_vain += 1
+                assert looks_in_vain < PATIENCE, "they wait for each other"
+            if not ready:
                 break
-            continues = current in ready
-            options = sorted(ready, key=lambda actor: actor is not current)
-            current = options[choice]
-            trace.append((len(options), choice, continues))
+            steps.append(Step(len(ready), taken, current in ready))
+            current = sorted(ready, key=lambda actor: actor is not current)[taken]
+            current.waits = False
             current.switch()
-    return trace, [actor.error for actor in actors]
+    return Run(steps, [actor.error for actor in actors])
 
 
-def schedules(preemptions):
-    """Go through all schedules with up to so many preemptions, depth first.
+def following(steps, preemptions):
+    """Make the schedule that comes next, depth first; None after the last one.
 
-    :return: a generator of prefixes for ``run_schedule``, to which its trace is to be sent
+    :param steps: the steps of the run before
+    :param preemptions: how many of them there may be in a schedule
     """
-    prefix = []
-    while True:
-        trace = yield prefix
-        spent = list(
-            itertools.accumulate((cont and choice > 0 for _, choice, cont in trace), initial=0)
-        )
-        for position in reversed(range(len(trace))):
-            options, choice, continues = trace[position]
-            if choice + 1 < options and spent[position] + continues <= preemptions:
-                prefix = [step[1] for step in trace[:position]] + [choice + 1]
-                break
-        else:
-            return
+    for position in reversed(range(len(steps))):
+        step = steps[position]
+        spent = sum(before.is_preemption for before in steps[:position])
+        if step.taken + 1 < step.ready and spent + step.could_go_on <= preemptions:
+            return [before.taken for before in steps[:position]] + [step.taken + 1]
+    return None
 
 
 def descriptors():

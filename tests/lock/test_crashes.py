@@ -8,16 +8,13 @@ import shutil
 import subprocess
 
 import pytest
-from holders import leave_stale_lock
-from system_calls import count, intercepted
+from holders import leave_stale_lock, names
+from needs import needs_root
+from system_calls import at_call, count, intercepted
 
-from avocado_vt_joblock.lock import JobLock
+from avocado_vt_joblock.lockfile import take_kernel_lock
 
 DIED = 77
-
-
-def names(directory):
-    return [path.name for path in directory.iterdir()]
 
 
 def life(lock):
@@ -27,23 +24,18 @@ def life(lock):
 
 def die_at(number, after, what):
     """Do something in a child that dies at a system call; return whether it came to that."""
-    seen = 0
 
-    def hook(name, call):
-        nonlocal seen
-        seen += 1
-        if seen - 1 == number and not after:
-            os._exit(DIED)
+    def die(name, call):
         try:
-            return call()
+            if after:
+                call()
         finally:
-            if seen - 1 == number:
-                os._exit(DIED)
+            os._exit(DIED)
 
     child = os.fork()
     if child == 0:
         try:
-            with intercepted(hook):
+            with intercepted(at_call(number, die)):
                 what()
         finally:
             os._exit(0)
@@ -60,7 +52,7 @@ def leave_nothing(directory):
 def test_death_at_every_system_call(directory, new_lock, before, after):
     before(directory)
     calls = count(lambda: life(new_lock()))
-    assert {"open", "flock", "write", "rename", "scandir", "unlink", "close"} <= set(calls)
+    assert {"open", "fcntl", "write", "rename", "scandir", "unlink", "close"} <= set(calls)
     left = set()
     for number in range(len(calls)):
         assert names(directory) == []
@@ -76,10 +68,10 @@ def test_death_at_every_system_call(directory, new_lock, before, after):
     assert left == {".avocado-vt-joblock-", "avocado-vt-joblock-"}
 
 
-def test_unpublished_lock_under_flock_is_left_alone(directory, new_lock):
+def test_unpublished_lock_that_somebody_holds_is_left_alone(directory, new_lock):
     unpublished = directory / f".avocado-vt-joblock-{0:040x}-0-00000000.pid"
     with unpublished.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        take_kernel_lock(file.fileno())
         lock = new_lock()
         lock.acquire()
         lock.release()
@@ -98,7 +90,7 @@ def test_unpublished_lock_is_left_alone_without_the_guard(directory, new_lock, m
     lock.release()
     assert unpublished.exists()
     os.close(stranger)
-    lock.acquire()
+    new_lock().acquire()
     assert not unpublished.exists()
 
 
@@ -108,8 +100,8 @@ def mount_image(image, where):
         pytest.skip("mounting is not permitted here")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
-def test_power_cut(directory, tmp_path, warnings):
+@needs_root
+def test_power_cut(directory, new_lock, tmp_path):
     # What it leaves on the disk is what a copy of the image of a mounted file system holds.
     image, copy, mounted = tmp_path / "image", tmp_path / "copy", tmp_path / "mounted"
     mounted.mkdir()
@@ -121,7 +113,7 @@ def test_power_cut(directory, tmp_path, warnings):
     with contextlib.ExitStack() as stack:
         mount_image(image, mounted)
         stack.callback(subprocess.run, ["umount", mounted], check=True)
-        lock = JobLock(str(mounted), "1" * 40, warnings.append)
+        lock = new_lock(where=mounted)
         lock.acquire()
         stack.callback(lock.release)
 
@@ -137,7 +129,7 @@ def test_power_cut(directory, tmp_path, warnings):
         print(f"{left[0].stat().st_size} bytes reached the disk")
         # There was no reboot, so the file has to be older.
         os.utime(left[0], (0, 0))
-        heir = JobLock(str(directory), "2" * 40, warnings.append)
+        heir = new_lock()
         heir.acquire()
         heir.release()
         assert not left[0].exists()

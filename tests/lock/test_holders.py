@@ -11,7 +11,6 @@ import pytest
 from holders import (
     AN_HOUR,
     CONTENT,
-    SOME_USER,
     attempt_as,
     date_back,
     dead_pid,
@@ -19,28 +18,16 @@ from holders import (
     lock_path,
     process,
 )
-from sandbox import can_act_as_others, run_as
+from needs import PID_NAMESPACE, SOME_USER, needs_other_users, needs_pid_namespaces
+from sandbox import run_as
 
-from avocado_vt_joblock.lock import CLOCK_SLACK, LockHeldError, _may_hold
+from avocado_vt_joblock.lock import LockHeldError
+from avocado_vt_joblock.processes import CLOCK_SLACK, may_have_written
 
 #: Longer than any machine is up.
 AGES = 10**9
-PID_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 # Where /proc still shows the PID namespace outside.
-PROC_OF_OUTSIDE = ["unshare", "--pid", "--fork", "--kill-child"]
-
-needs_root = pytest.mark.skipif(not can_act_as_others(), reason="acting as others is not permitted")
-
-
-def _can_unshare():
-    return (
-        subprocess.run([*PID_NAMESPACE, "true"], check=False, capture_output=True).returncode == 0
-    )
-
-
-needs_namespaces = pytest.mark.skipif(
-    not _can_unshare(), reason="a PID namespace of one's own is not permitted here"
-)
+PROC_OF_OUTSIDE = [word for word in PID_NAMESPACE if word != "--mount-proc"]
 
 
 @pytest.fixture
@@ -100,15 +87,35 @@ def test_lock_from_the_future(directory, new_lock, bystander):
     assert path.exists()
 
 
+@pytest.mark.parametrize("age", [0, AN_HOUR])
 @pytest.mark.parametrize("maker", CONTENT)
-def test_holder_that_its_parent_has_not_waited_for(directory, new_lock, maker):
+def test_holder_that_its_parent_has_not_waited_for(directory, new_lock, maker, age):
     child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
     child.stdout.read()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     path = leave_stale_lock(directory, maker=maker, pid=child.pid)
+    date_back(path, age)
     new_lock().acquire()
     assert not path.exists()
     child.communicate()
+
+
+def test_holder_with_an_odd_name(directory, new_lock):
+    """What proc_pid_stat(5) shows is to be read from the last parenthesis on."""
+    script = "import sys\nopen('/proc/self/comm', 'w').write('a) Z 0 (')\nprint(flush=True)\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", script + "sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as odd:
+        odd.stdout.readline()
+        path = leave_stale_lock(directory, maker="avocado-vt", pid=odd.pid)
+        date_back(path, 0)
+        with pytest.raises(LockHeldError):
+            new_lock().acquire()
+        date_back(path, AN_HOUR)
+        new_lock().acquire()
+        odd.communicate()
 
 
 def test_stopped_holder(directory, new_lock):
@@ -123,7 +130,7 @@ def test_stopped_holder(directory, new_lock):
 
 
 @pytest.mark.parametrize(("uid", "other"), [(0, SOME_USER), (SOME_USER, 0), (SOME_USER, 1)])
-@needs_root
+@needs_other_users
 def test_holder_of_another_user_with_a_private_umask(directory, uid, other):
     with process(directory, *run_as(uid), umask=0o077) as holder:
         told = attempt_as(other, directory)["held"]
@@ -134,8 +141,8 @@ def test_holder_of_another_user_with_a_private_umask(directory, uid, other):
     assert "won" in attempt_as(other, directory)
 
 
-@needs_root
-@needs_namespaces
+@needs_other_users
+@needs_pid_namespaces
 def test_proc_does_not_show_the_holder(directory):
     # By its start it could not be the holder, but that is not to be seen.
     path = leave_stale_lock(directory, maker="avocado-vt", pid=os.getpid())
@@ -149,7 +156,7 @@ def test_proc_does_not_show_the_holder(directory):
         assert "won" in contender.outcome
 
 
-@needs_namespaces
+@needs_pid_namespaces
 @pytest.mark.parametrize("namespace", [PID_NAMESPACE, PROC_OF_OUTSIDE], ids=["proc", "no proc"])
 class TestPIDNamespaces:
     def test_live_holder_inside(self, directory, new_lock, namespace):
@@ -209,6 +216,6 @@ def test_start_of_a_process_by_another_clock(bystander):
     text = subprocess.check_output(command, text=True)
     started = time.mktime(time.strptime(text.strip()))
     # ps rounds to seconds.
-    assert _may_hold(bystander.pid, started + 2 - CLOCK_SLACK)
-    assert not _may_hold(bystander.pid, started - 2 - CLOCK_SLACK)
-    assert not _may_hold(dead_pid(), started)
+    assert may_have_written(bystander.pid, started + 2 - CLOCK_SLACK)
+    assert not may_have_written(bystander.pid, started - 2 - CLOCK_SLACK)
+    assert not may_have_written(dead_pid(), started)

@@ -1,21 +1,24 @@
 """What lies in the directory and looks like a lock: nothing hangs, nothing is followed."""
 
+import errno
 import fcntl
+import logging
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
 import tracemalloc
 
 import pytest
-from holders import SOME_USER, attempt_as, leave_stale_lock, lock_path
+from holders import AN_HOUR, attempt_as, leave_stale_lock, lock_path, logged, names
+from needs import SOME_USER, needs_root
 from system_calls import intercepted
 
-from avocado_vt_joblock.lock import LockError
-
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can do that")
+from avocado_vt_joblock.lock import LockHeldError, LockUnknownError
+from avocado_vt_joblock.lockfile import take_kernel_lock
 
 
 def fifo(path):
@@ -47,7 +50,7 @@ def link_to_live_pid(path):
     path.symlink_to("secret")
 
 
-@pytest.mark.parametrize("unpublished", ["", "."], ids=["published", "unpublished"])
+@pytest.mark.parametrize("unpublished", [False, True], ids=["published", "unpublished"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -62,14 +65,21 @@ def link_to_live_pid(path):
 )
 def test_no_regular_file_is_passed_over(directory, new_lock, warnings, make, unpublished):
     path = lock_path(directory, 7)
-    path = path.with_name(unpublished + path.name)
+    if unpublished:
+        path = path.with_name(f".{path.name}")
     make(path)
     before = path.lstat()
     lock = new_lock()
     lock.acquire()
-    assert [f"{directory} " in text and path.name in text for text in warnings] == [True]
+    # The other is named like no lock, so nobody needs to know of it.
+    expected = [] if unpublished else [True]
+    assert [f"{directory} " in text and str(path) in text for text in warnings] == expected
     lock.release()
     assert path.lstat() == before
+
+
+def boot_time():
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def sparse(path):
@@ -103,7 +113,7 @@ def test_what_holds_no_pid_stops_the_job(directory, new_lock, content):
     else:
         path.write_bytes(content)
     before = path.stat()
-    with pytest.raises(LockError, match=f"{path} cannot be judged: there is no PID") as caught:
+    with pytest.raises(LockUnknownError, match=f"still holds {path}: there is no PID") as caught:
         new_lock().acquire()
     assert "secret" not in str(caught.value)
     assert [p.name for p in directory.iterdir()] == [path.name]
@@ -115,13 +125,22 @@ def test_what_holds_no_pid_stops_the_job(directory, new_lock, content):
     )
 
 
+@pytest.mark.parametrize(("content", "age"), [(b"x", 60), (b"\0x", 60), (b"", 5), (b"", -AN_HOUR)])
+def test_what_no_power_cut_leaves_stops_the_job(directory, new_lock, content, age):
+    path = lock_path(directory, 7)
+    path.write_bytes(content)
+    os.utime(path, (boot_time() - age, boot_time() - age))
+    with pytest.raises(LockUnknownError, match="there is no PID"):
+        new_lock().acquire()
+    assert path.exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 5])
 def test_what_a_power_cut_leaves_is_removed(directory, new_lock, content):
     # A name can reach the disk before the content does; nobody from before the boot is left.
     path = lock_path(directory, 7)
     path.write_bytes(content)
-    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    os.utime(path, (boot - 60, boot - 60))
+    os.utime(path, (boot_time() - 60, boot_time() - 60))
     lock = new_lock()
     lock.acquire()
     assert not path.exists()
@@ -132,7 +151,7 @@ def test_unreadable_lock_stops_the_job(directory):
     path = leave_stale_lock(directory)
     path.chmod(0o600)
     outcome = attempt_as(SOME_USER, directory)
-    assert f"{path} cannot be judged: Permission denied" in outcome["error"]
+    assert f"still holds {path}: Permission denied" in outcome["error"]
     assert list(directory.iterdir()) == [path]
 
 
@@ -175,7 +194,7 @@ def test_lease_makes_nobody_wait(directory, new_lock):
     with holder:
         assert holder.stdout.readline() == "leased\n"
         began = time.monotonic()
-        with pytest.raises(LockError, match=f"{path} cannot be judged"):
+        with pytest.raises(LockUnknownError, match=f"still holds {path}"):
             new_lock().acquire()
         assert time.monotonic() - began < 20
         holder.send_signal(signal.SIGKILL)
@@ -186,30 +205,74 @@ def test_flock_of_a_stranger_on_the_directory_makes_nobody_wait_for_long(directo
     stranger = os.open(directory, os.O_RDONLY)
     fcntl.flock(stranger, fcntl.LOCK_EX)
     began = time.monotonic()
-    lock = new_lock()
-    lock.acquire()
-    assert time.monotonic() - began < 20
+    new_lock().acquire()
+    assert time.monotonic() - began < 8
     os.close(stranger)
 
 
-def test_flock_of_a_stranger_on_a_stale_lock_stops_the_job(directory, new_lock):
+LOCKS_OF_A_STRANGER = {
+    "flock": lambda fd: fcntl.flock(fd, fcntl.LOCK_EX),
+    "open file description lock": lambda fd: fcntl.fcntl(
+        fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)
+    ),
+    "lock of the process": lambda fd: fcntl.lockf(fd, fcntl.LOCK_SH),
+}
+
+
+@pytest.mark.parametrize("kind", LOCKS_OF_A_STRANGER)
+def test_who_may_only_read_a_stale_lock_cannot_make_it_look_live(directory, new_lock, kind):
     path = leave_stale_lock(directory)
     stranger = os.open(path, os.O_RDONLY)
-    fcntl.flock(stranger, fcntl.LOCK_EX)
-    with pytest.raises(LockError, match=str(path)):
-        new_lock().acquire()
-    assert path.exists()
-    os.close(stranger)
+    LOCKS_OF_A_STRANGER[kind](stranger)
     new_lock().acquire()
     assert not path.exists()
+    os.close(stranger)
 
 
-def test_others_may_look_at_a_stale_lock_at_the_same_time(directory, new_lock):
+def test_its_owner_can_make_a_stale_lock_look_live(directory, new_lock):
     path = leave_stale_lock(directory)
-    with path.open() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+    with path.open("r+") as file:
+        take_kernel_lock(file.fileno())
+        with pytest.raises(LockHeldError) as caught:
+            new_lock().acquire()
+    assert caught.value.holder.path == str(path)
+    assert path.exists()
+
+
+def test_lease_that_is_given_back_soon(directory, new_lock):
+    """As an NFS server does with the delegation of a client that holds a lock."""
+    path = leave_stale_lock(directory)
+    tries = []
+
+    def hook(name, call):
+        if name == "open" and call.args[0] == path.name and len(tries) < 3:
+            tries.append(name)
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
+        return call()
+
+    with intercepted(hook):
         new_lock().acquire()
     assert not path.exists()
+
+
+def test_many_leases_make_nobody_wait_for_long(directory, new_lock):
+    for number in range(100):
+        leave_stale_lock(directory, number)
+
+    def hook(name, call):
+        if (
+            name == "open"
+            and "avocado-vt-joblock-" in call.args[0]
+            and call.args[1] & os.O_NONBLOCK
+        ):
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
+        return call()
+
+    began = time.monotonic()
+    with intercepted(hook), pytest.raises(LockUnknownError):
+        new_lock().acquire()
+    assert time.monotonic() - began < 20
+    assert len(names(directory)) == 100
 
 
 def test_file_turns_into_a_link_while_it_is_looked_at(directory, new_lock):
@@ -222,7 +285,7 @@ def test_file_turns_into_a_link_while_it_is_looked_at(directory, new_lock):
             path.symlink_to("secret")
         return call()
 
-    with intercepted(hook), pytest.raises(LockError, match=f"{path} cannot be judged"):
+    with intercepted(hook), pytest.raises(LockUnknownError, match=f"still holds {path}"):
         new_lock().acquire()
     assert path.is_symlink()
 
@@ -231,7 +294,7 @@ def test_blank_file_of_some_size_from_before_the_start_stops_the_job(directory, 
     path = lock_path(directory, 7)
     sparse(path)
     os.utime(path, (0, 0))
-    with pytest.raises(LockError, match=f"{path} cannot be judged: there is no PID"):
+    with pytest.raises(LockUnknownError, match=f"still holds {path}: there is no PID"):
         new_lock().acquire()
     assert path.exists()
 
@@ -241,7 +304,7 @@ def test_hard_link_to_a_file_outside(directory, new_lock):
     outside.write_text("secret")
     path = lock_path(directory, 7)
     os.link(outside, path)
-    with pytest.raises(LockError):
+    with pytest.raises(LockUnknownError):
         new_lock().acquire()
     assert outside.read_text() == "secret"
 
@@ -281,6 +344,40 @@ def test_many_stale_locks(directory, new_lock, warnings):
     for number in range(1000):
         leave_stale_lock(directory, number, maker="this package" if number % 2 else "avocado-vt")
     lock = new_lock()
-    lock.acquire()
-    assert [path.name for path in directory.iterdir()] == [os.path.basename(lock.path)]
-    assert [("1000 stale" in text) for text in warnings] == [True]
+    with logged(logging.INFO) as told:
+        lock.acquire()
+    assert names(directory) == [os.path.basename(lock.path)]
+    assert told == [f"Removed 1000 stale lock(s) from {directory}."]
+    assert warnings == []
+
+
+def test_stale_lock_that_somebody_else_removes_does_not_count(directory, new_lock):
+    gone, stays = leave_stale_lock(directory, 1), leave_stale_lock(directory, 2)
+
+    def hook(name, call):
+        if name == "unlink" and call.args[0] == gone.name:
+            gone.unlink()
+        return call()
+
+    with intercepted(hook), logged(logging.INFO) as told:
+        new_lock().acquire()
+    assert not stays.exists()
+    assert told == [f"Removed 1 stale lock(s) from {directory}."]
+
+
+def test_stale_lock_is_removed_though_a_live_one_is_there(directory, new_lock):
+    new_lock().acquire()
+    stale = leave_stale_lock(directory)
+    with logged(logging.INFO) as told, pytest.raises(LockHeldError):
+        new_lock().acquire()
+    assert not stale.exists()
+    assert told == [f"Removed 1 stale lock(s) from {directory}."]
+
+
+def test_what_nobody_can_judge_comes_before_what_is_live(directory, new_lock):
+    # Whoever waits for the live one would be stopped in the end.
+    new_lock().acquire()
+    for number in range(10):
+        lock_path(directory, number).touch()
+    with pytest.raises(LockUnknownError):
+        new_lock().acquire()

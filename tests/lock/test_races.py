@@ -5,7 +5,7 @@ import multiprocessing
 import os
 
 import pytest
-from holders import leave_stale_lock
+from holders import leave_stale_lock, logged
 
 from avocado_vt_joblock import lock
 from avocado_vt_joblock.lock import JobLock, LockHeldError
@@ -35,23 +35,23 @@ class Gate:
 
 def contend(pipe, gate, directory, number):
     """Take part in a round whenever told to, and tell how it ended."""
-    warnings = []
     while pipe.recv():
-        contender = JobLock(str(directory), f"{number:040x}", warnings.append)
+        contender = JobLock(str(directory), f"{number:040x}")
         pipe.send("at the gate")
         gate.pass_through()
-        try:
-            contender.acquire()
-        except LockHeldError as error:
-            pipe.send(error.holder.pid)
-        except BaseException as error:
-            pipe.send(repr(error))
-            raise
-        else:
-            pipe.send("won")
-            pipe.recv()
-            contender.release()
-            pipe.send([text for text in warnings if "stale" not in text])
+        with logged() as warnings:
+            try:
+                contender.acquire()
+            except LockHeldError as error:
+                pipe.send(error.holder.pid)
+            except BaseException as error:
+                pipe.send(repr(error))
+                raise
+            else:
+                pipe.send("won")
+                pipe.recv()
+                contender.release()
+                pipe.send(warnings)
 
 
 @pytest.fixture
