@@ -81,7 +81,7 @@ class LockedJob:
         """
         started = time.monotonic()
         deadline = started + self._timeout
-        told = None
+        told: Holder | None = None
         while True:
             try:
                 self._lock.acquire()
@@ -90,16 +90,16 @@ class LockedJob:
                 if time.monotonic() >= deadline:
                     error.waited = time.monotonic() - started if told else 0
                     raise
-                holder = error.holder
-            if holder != told:
+                holder: Holder | None = error.holder
+            while holder and (remaining := deadline - time.monotonic()) > 0:
+                if holder != told:
+                    LOG.info("Waiting %s: %s", _until(deadline), _describe(holder))
+                else:
+                    LOG.info("Still waiting %s, after %s.", _until(deadline), _since(started))
                 told = holder
-                LOG.info("Waiting %s: %s", _until(deadline), _describe(holder))
-            while not self._lock.wait(holder, min(REMINDER_INTERVAL, deadline - time.monotonic())):
-                if time.monotonic() >= deadline:
-                    break
-                LOG.info("Still waiting, %s, after %s.", _until(deadline), _duration_since(started))
+                holder = self._lock.wait(holder, min(REMINDER_INTERVAL, remaining))
         if told:
-            LOG.info("Obtained the lock after %s.", _duration_since(started))
+            LOG.info("Obtained the lock after %s.", _since(started))
 
     def end(self, job: Job) -> None:
         """Release the lock, unless something of the job still runs.
@@ -200,7 +200,7 @@ def _release_or_leave(lock: JobLock, timeout: float) -> None:
             )
         elif left:
             LOG.warning(
-                "The job has ended, but %d process(es) of it still run.%s\n%s\n"
+                "%d process(es) of the job still run.%s\n%s\n"
                 "Until they have ended no other job with VT tests runs in this lock directory, and "
                 "the lock file stays: %s. The next job removes it.",
                 len(left),
@@ -218,6 +218,13 @@ def _wait_for_the_rest(lock: JobLock, timeout: float) -> list[Process] | None:
     deadline = time.monotonic() + timeout
     with contextlib.suppress(KeyboardInterrupt):
         left = lock.left_behind()
+        if left and timeout:
+            LOG.info(
+                "The job has ended, but %d process(es) of it still run: waiting up to %g s for "
+                "them. Ctrl-C ends the waiting.",
+                len(left),
+                timeout,
+            )
         while left and time.monotonic() < deadline:
             time.sleep(0.1)
             if not any(process.is_running() for process in left):
@@ -291,7 +298,7 @@ def _until(deadline: float) -> str:
     return f"until {_local_time(time.time() + deadline - time.monotonic())}"
 
 
-def _duration_since(started: float) -> str:
+def _since(started: float) -> str:
     return _duration(time.monotonic() - started)
 
 

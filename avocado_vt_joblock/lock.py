@@ -38,9 +38,9 @@ from avocado_vt_joblock.lockfile import (
     is_gone,
     is_name,
     judge,
+    look_again,
     new_name,
     opened,
-    still_holds,
     take_kernel_lock,
     traces,
 )
@@ -146,21 +146,21 @@ class JobLock:
                 raise LockDirectoryError(f"{self.path}: {error.strerror}.") from error
             raise
 
-    def wait(self, holder: Holder, timeout: float) -> bool:
-        """Wait until a live lock is no longer held; meanwhile nobody sees that somebody waits.
+    def wait(self, holder: Holder, timeout: float) -> Holder | None:
+        """Wait until something about a live lock changes; meanwhile nobody sees that one waits.
 
         :param holder: whose lock it is
         :param timeout: how long to wait, in seconds
-        :return: whether it is worth an attempt to take the lock
+        :return: whose it is now; None where it is worth an attempt to take the lock
         """
         deadline = time.monotonic() + timeout
-        while still_holds(holder):
+        while (now := look_again(holder)) == holder:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                return False
+                break
             # By chance, so that those who wait on several hosts do not always meet.
             time.sleep(min(remaining, POLL_INTERVAL * random.uniform(0.5, 1)))
-        return True
+        return now
 
     def left_behind(self) -> list[Process] | None:
         """Find what this job has started and still runs; None where that cannot be seen."""

@@ -193,12 +193,16 @@ def judge(paths: Sequence[str], dir_fd: int) -> list[Judgement]:
     return [with_processes(this) for this in judgements]
 
 
-def still_holds(holder: Holder) -> bool:
-    """Tell whether a live lock is still live, without looking for processes that are not known."""
+def look_again(holder: Holder) -> Holder | None:
+    """Look at a live lock once more, without looking for processes that are not known.
+
+    :return: whose it is now, with the processes that still run; None where another judgement is due
+    """
     verdict = _judge_file(holder.path, None, time.monotonic() + OPEN_TIMEOUT).verdict
     if verdict is Verdict.STALE:
-        return any(process.is_running() for process in holder.processes)
-    return verdict is Verdict.LIVE
+        running = tuple(process for process in holder.processes if process.is_running())
+        return holder._replace(processes=running) if running else None
+    return holder if verdict is Verdict.LIVE else None
 
 
 def _judge_file(path: str, dir_fd: int | None, deadline: float) -> Judgement:

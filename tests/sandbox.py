@@ -88,11 +88,11 @@ class Sandbox:
             "env": self.environment,
             "cwd": self.root,
             "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
             "stderr": subprocess.STDOUT,
         }
         process = subprocess.Popen(
             [*self.prefix, *map(str, command)],
-            stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
             # It is ignored by what a shell without job control starts in the background.

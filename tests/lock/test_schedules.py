@@ -41,7 +41,9 @@ class Contender:
             try:
                 self._acquire()
             except LockHeldError as error:
-                self.lock.wait(error.holder, timeout=1000)
+                holder = error.holder
+                while holder:
+                    holder = self.lock.wait(holder, timeout=1000)
 
     def _acquire(self):
         self.lock.acquire()
