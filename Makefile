@@ -7,7 +7,7 @@ export VIRTUALENV_OVERRIDE_APP_DATA := $(CURDIR)/.cache/virtualenv
 .NOTPARALLEL:
 SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
 
-.PHONY: help demo check lint types docs test stress bench matrix clean
+.PHONY: help demo check lint types docs test guests stress bench matrix clean
 
 help:  ## List these targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,7 +29,10 @@ docs: .venv/made  ## Build the manual in docs/_build/html.
 
 test: .venv/made .venv-103/made  ## Run the tests, and those of the plugin once more on Avocado 103.0.
 	.venv/bin/pytest
-	.venv-103/bin/pytest tests/test_plugin.py
+	.venv-103/bin/pytest tests/test_plugin.py tests/test_endings.py tests/test_waiting.py
+
+guests: .venv/made  ## Run every ending of a job with real QEMU guests: a quarter of an hour.
+	.venv/bin/pytest --capture=no tests/guests/test_guests.py tests/guests/all_endings.py
 
 stress: .venv/made  ## Run the tests of the lock and of many jobs with 100 times the rounds: hours.
 	.venv/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_jobs.py

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 END_TIMEOUT = 5.0
 #: How often a job that waits for the lock says so, in seconds.
 REMINDER_INTERVAL = 300.0
-#: How many processes are named, and how many characters of the command line of each.
-PROCESS_LIMIT = 10
+#: How many processes are described, and how many characters of the command line of each.
+PROCESS_LIMIT = 20
 COMMAND_LIMIT = 100
 #: What ``avocado.core.exit_codes.AVOCADO_JOB_INTERRUPTED`` is.
 JOB_INTERRUPTED = 8
@@ -263,7 +263,7 @@ def _list(processes: Sequence[Process]) -> str:
 
 
 def _advice(processes: Sequence[Process]) -> str:
-    pids = " ".join(str(process.pid) for process in processes[:PROCESS_LIMIT])
+    pids = " ".join(str(process.pid) for process in processes)
     return (
         "They may be cleaning up and restoring images: wait for them. If they hang, end them with\n"
         f"    kill {pids}\n"

@@ -25,8 +25,11 @@ def test_wheel_has_the_package_and_the_config_file_and_no_more(wheel):
         names = archive.namelist()
     assert {re.sub(r"^avocado_framework_plugin_vt_joblock-[^/]*/", "", n) for n in names} == {
         "avocado_vt_joblock/__init__.py",
+        "avocado_vt_joblock/job.py",
         "avocado_vt_joblock/lock.py",
+        "avocado_vt_joblock/lockfile.py",
         "avocado_vt_joblock/plugin.py",
+        "avocado_vt_joblock/processes.py",
         "avocado_vt_joblock/settings.py",
         "avocado_vt_joblock/py.typed",
         "data/etc/avocado/conf.d/vt_joblock.conf",
@@ -108,3 +111,14 @@ def test_uninstalling_leaves_nothing(wheel, tmp_path):
     left = files() - before
     assert {path for path in left if not path.is_dir()} == set()
     assert {path.name for path in left} <= {"etc", "avocado", "conf.d"}
+
+
+def test_nothing_is_killed():
+    """What is not written cannot go wrong: the only signal is 0, which asks for a process."""
+    kills = [
+        line.strip()
+        for path in (PROJECT / "avocado_vt_joblock").glob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"\bkillpg\b|os\.kill\(|pidfd_send_signal|send_signal|terminate\(", line)
+    ]
+    assert kills == ["os.kill(pid, 0)"]

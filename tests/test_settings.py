@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from environments import AVOCADO_PACKAGES, install, new_environment
+from needs import needs_mount_namespaces
+from sandbox import finish
 
 CONFIG_FILE = "etc/avocado/conf.d/vt_joblock.conf"
 
@@ -14,6 +16,11 @@ CONFIG_FILE = "etc/avocado/conf.d/vt_joblock.conf"
 def config_files(text):
     """The config files that ``avocado config`` says it has read, in order."""
     return re.findall(r"^    \* (.*)$", text, re.MULTILINE)
+
+
+def missing_config_files(text):
+    """Those that it has looked for in vain."""
+    return re.findall(r"^      (/.*\.conf)$", text, re.MULTILINE)
 
 
 def ours(text):
@@ -34,6 +41,9 @@ def test_listed_and_documented_without_avocado_vt(sandbox, installed):
         entry.split("\n\n")[0].split()
     )
     assert "* Default: /tmp\n" in entry
+    entry = reference.split("plugins.vtjoblock.timeout\n", 1)[1]
+    assert "for how many seconds" in " ".join(entry.split("\n\n")[0].split()).lower()
+    assert "* Default: 0\n" in entry
 
 
 @pytest.mark.skipif(Path("/etc/avocado").exists(), reason="this machine has settings in /etc")
@@ -95,6 +105,72 @@ def test_config_file_has_the_setting_and_a_comment(sandbox, installed):
         file.write_text(text)
 
 
+def test_config_file_documents_all_that_can_be_set(sandbox, installed):
+    sandbox.python = installed
+    sandbox.configure("")
+    text = (installed.parent.parent / CONFIG_FILE).read_text()
+    settings = re.findall(
+        r"plugins\.vtjoblock\.(\w+) +(\S+)$", sandbox.output("config"), re.MULTILINE
+    )
+    assert settings == [("dir", "/tmp"), ("timeout", "0")]
+    for key, value in settings:
+        assert re.search(rf"^(# )?{key}={value}$", text, re.MULTILINE)
+    assert re.search(r"^disable = \['result_events.vt-joblock'\]$", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(Path("/etc/avocado").exists(), reason="this machine has settings in /etc")
+def test_files_that_do_not_exist_stay_in_the_list(sandbox, installed):
+    """Where Avocado looks in vain is what a user wants to know who is about to write one."""
+    sandbox.python = installed
+    assert missing_config_files(sandbox.output("config")) == ["/etc/avocado/avocado.conf"]
+
+
+def test_config_file_beside_the_package(sandbox, wheel, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir(mode=0o755)
+    sandbox.python = new_environment(tmp_path / "environment")
+    install(sandbox.python, *AVOCADO_PACKAGES)
+    install(sandbox.python, "--target", target, "--no-deps", wheel)
+    beside = target / CONFIG_FILE
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text("[plugins.vtjoblock]\ndir = /beside\n")
+    sandbox.configure("")
+    environment = {**sandbox.environment, "PYTHONPATH": str(target)}
+    _, text = finish(sandbox.avocado("config", env=environment))
+    assert ours(text)[0] == str(beside)
+    assert setting(text) == "/beside"
+
+
+@needs_mount_namespaces
+def test_file_of_the_administrator_is_not_moved(sandbox, wheel, tmp_path):
+    """A package without a config file of its own, of which the administrator has written one."""
+    target = sandbox.root / "target"
+    install(sys.executable, "--target", target, "--no-deps", wheel)
+    (target / CONFIG_FILE).unlink(missing_ok=True)
+    etc = own_etc(sandbox)
+    (etc / "avocado/avocado.conf").write_text("[plugins.vtjoblock]\ndir = /of/the/main/file\n")
+    (etc / "avocado/conf.d/vt_joblock.conf").write_text(
+        "[plugins.vtjoblock]\ndir = /of/the/admin\n"
+    )
+    sandbox.configure("")
+    environment = {**sandbox.environment, "PYTHONPATH": str(target)}
+    code, text = finish(sandbox.avocado("config", env=environment))
+    assert code == 0, text
+    files = config_files(text)
+    assert files.index("/etc/avocado/avocado.conf") < files.index(f"/{CONFIG_FILE}")
+    assert setting(text) == "/of/the/admin"
+
+
+def own_etc(sandbox):
+    """Give a sandbox an /etc of its own, to be written in."""
+    etc = sandbox.root / "etc"
+    subprocess.run(["cp", "-a", "/etc", etc], check=True)
+    (etc / "avocado/conf.d").mkdir(parents=True, exist_ok=True)
+    script = f'mount --bind {etc} /etc && exec "$@"'
+    sandbox.prefix = ["unshare", "--mount", "sh", "-c", script, "-"]
+    return etc
+
+
 def test_command_line_file_wins(sandbox, installed):
     sandbox.python = installed
     file = sandbox.root / "extra.conf"
@@ -102,26 +178,12 @@ def test_command_line_file_wins(sandbox, installed):
     assert setting(sandbox.output("--config", file, "config")) == "/of/the/command/line"
 
 
-@pytest.mark.skipif(
-    subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode
-    != 0,
-    reason="a mount namespace of one's own is not permitted here",
-)
+@needs_mount_namespaces
 def test_system_file_wins(sandbox, installed):
     sandbox.python = installed
     sandbox.configure("")
-    etc = sandbox.root / "etc"
-    subprocess.run(["cp", "-a", "/etc", etc], check=True)
-    (etc / "avocado/conf.d").mkdir(parents=True, exist_ok=True)
+    etc = own_etc(sandbox)
     (etc / "avocado/conf.d/site.conf").write_text("[plugins.vtjoblock]\ndir = /of/the/system\n")
-    sandbox.prefix = [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        f'mount --bind {etc} /etc && exec "$@"',
-        "-",
-    ]
     assert setting(sandbox.output("config")) == "/of/the/system"
 
 
