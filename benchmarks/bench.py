@@ -1,31 +1,32 @@
-"""Measure the lock beside others, and make the page docs/figures.rst and its plot of it."""
+"""Measure the lock beside others, and make the page docs/figures.rst and its plot of that."""
 
-import contextlib
 import logging
 import os
 import platform
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from operator import truediv
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import filelock
 from avocado.core.exceptions import JobError
+from avocado_vt.plugins.vt_joblock import VTJobLock as VTPlugin
 
 from avocado_vt_joblock.plugin import VT_KIND, VTJobLock
 from avocado_vt_joblock.settings import DIR, TIMEOUT
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-OURS, VT, SOFT, FLOOR = "this plugin", "avocado-vt", "SoftFileLock", "floor"
 PACKAGES = ("avocado-framework", "avocado-framework-plugin-vt", "filelock")
+OURS, VT, SOFT, FLOOR = "this plugin", "avocado-vt", "SoftFileLock", "floor"
 STYLES = {OURS: "C0o-", VT: "C1^-", SOFT: "C2D--", FLOOR: "C7x:"}
 #: How many rounds with so many other entries in the lock directory.
 ROUNDS = {1_000: 500, 10_000: 150, 100_000: 40}
@@ -39,60 +40,54 @@ PAGE = """\
 Figures
 =======
 
-How much time does the lock take? ``make bench`` measures it, with other locks beside it:
+How much time does the lock take? ``make bench`` measures it, beside others:
 
-this plugin
-   ``pre()`` and ``post()`` of this plugin, for a job whose tests have all ended.
-avocado-vt
-   The same of avocado-vt's own plugin. Only with old versions of Avocado it locks anything.
-SoftFileLock
-   A lock of the package ``filelock``. Its file has a fixed name, so it does not list the directory.
-floor
-   No lock: create a file, write the PID, close the file, list the directory, remove the file.
+* *this plugin*: its ``pre()`` and ``post()``, for a job whose tests have all ended.
+* *avocado-vt*: the same of avocado-vt's own plugin. It locks with old versions of Avocado only.
+* *SoftFileLock* of the package ``filelock``. All use one file name, so it lists no directory.
+* *floor*, no lock: create a file, write the PID, close it, list the directory, remove the file.
 
 | {cpu}, {kernel}, {system} at ``{place}``, {processes} processes.
 | {versions}.
 | Load (the average of a minute): {load[0]:.1f} before, {load[1]:.1f} after.
 
-The times to take and to release a lock are medians in milliseconds. In each round all take turns,
-each time in another order. The last two columns are ratios: the time of this plugin divided by that
-of the floor and of avocado-vt in the same round, and of these the median.
+The table has the time to take and release a lock in milliseconds, as the median of many rounds. In
+each round all take turns, each time in another order. A ratio is the time of *this plugin* divided
+by that of the other in the same round, and of these the median.
 
 {table}
 
 *Entries* are other files in the lock directory. *More processes* only sleep. A *stale lock* is one
 whose process has ended. Then this plugin looks at all processes once, since tests and guests of
-that job may still run; the others look for that one process. *Waiting* is the CPU time of a process
-that waits {wait} seconds for a lock that is held, as a part of one core; avocado-vt cannot wait.
+that job may still run. The others look for that one process only. *Waiting* is the CPU time of a
+process that waits {wait} seconds for a lock, in percent of one core. avocado-vt does not wait.
 
 .. figure:: figures.svg
    :alt: The times of the table, by the number of other entries in the lock directory.
 
-   Time to take and to release a lock.
+   Time to take and release a lock.
 """
 
 
-def locks(directory: Path) -> dict:
+def locks(directory: str) -> dict:
     """The contenders: functions that take a lock, and return what releases it."""
-    from avocado_vt.plugins.vt_joblock import VTJobLock as VTPlugin
     from avocado_vt.test import VirtTest
 
     job = SimpleNamespace(
         unique_id="0" * 40,
-        config={DIR: directory, TIMEOUT: 0},
+        config={DIR: directory},
         test_suites=[SimpleNamespace(enabled=True, tests=[SimpleNamespace(kind=VT_KIND)])],
         result=SimpleNamespace(tests=[{"status": "PASS"}]),
-        status="PASS",
         exitcode=0,
         # For avocado-vt's plugin, which knows VT tests by what Avocado made of them in the past.
         test_suite=SimpleNamespace(tests=[(VirtTest, {})]),
     )
     vt_plugin = VTPlugin()
-    vt_plugin.lock_dir = str(directory)
+    vt_plugin.lock_dir = directory
 
     def ours(timeout=0):
         plugin = VTJobLock()
-        job.config[TIMEOUT] = timeout
+        job.config[TIMEOUT], job.status = timeout, "PASS"
         plugin.pre(job)
         return lambda: plugin.post(job)
 
@@ -101,7 +96,7 @@ def locks(directory: Path) -> dict:
         return lambda: vt_plugin.post_tests(job)
 
     def soft(timeout=0):
-        lock = filelock.SoftFileLock(directory / "soft.lock", timeout=timeout)
+        lock = filelock.SoftFileLock(f"{directory}/soft.lock", timeout=timeout)
         lock.acquire()
         return lock.release
 
@@ -116,42 +111,33 @@ def locks(directory: Path) -> dict:
     return {OURS: ours, VT: vt, SOFT: soft, FLOOR: floor}
 
 
-def take_turns(contenders: dict, rounds: int, times: dict, stale: bool = False) -> None:
-    """Take and release each lock once a round, after a round that does not count."""
+def take_turns(contenders: dict, rounds: int, times: dict, stale: str = "") -> None:
+    """Take and release each lock once a round, after a round that does not count.
+
+    :param stale: the directory, if a process shall have left a lock there before
+    """
     for number in range(rounds + 1):
         for name in random.sample(list(contenders), len(contenders)):
             if stale and name != FLOOR:
                 if not (pid := os.fork()):
-                    with contextlib.suppress(BaseException):
-                        contenders[name]()
+                    with suppress(BaseException):
+                        # What releases it must not go before the process does.
+                        _release = contenders[name]()
                         os._exit(0)
                     os._exit(1)
-                assert os.waitpid(pid, 0)[1] == 0, f"{name} has left no stale lock"
+                os.waitpid(pid, 0)
+                assert any(Path(stale).iterdir()), f"{name} has left no stale lock"
             started = time.perf_counter()
             contenders[name]()()
             if number:
                 times.setdefault(name, []).append(time.perf_counter() - started)
 
 
-@contextlib.contextmanager
-def sleeping(number: int):
-    processes = []
-    try:
-        # They end by themselves if this process is killed.
-        processes.extend(subprocess.Popen(["sleep", "300"]) for _ in range(number))
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
-
-
 def waiting(acquire) -> float:
     """Wait in vain; return the CPU time of this process meanwhile, as a part of a core."""
     release = acquire()
     started, used = time.monotonic(), time.process_time()
-    with contextlib.suppress(JobError, filelock.Timeout):
+    with suppress(JobError, filelock.Timeout):
         acquire(WAIT)
     used, waited = time.process_time() - used, time.monotonic() - started
     assert waited >= WAIT, "it did not wait"
@@ -159,45 +145,48 @@ def waiting(acquire) -> float:
     return used / waited
 
 
-def measure(directory: Path) -> tuple:
+def measure(directory: str) -> tuple:
     """Times by whether there is a stale lock, by more processes, and by other entries."""
     contenders = locks(directory)
     times = {(stale, more, 0): {} for stale in (False, True) for more in (0, MORE)}
     for more in (0, MORE) * TURNS:
-        with sleeping(more):
+        with ExitStack() as stack:
+            for _ in range(more):
+                # It ends by itself should this process be killed.
+                process = stack.enter_context(subprocess.Popen(["sleep", "300"]))
+                stack.callback(process.kill)
             take_turns(contenders, LOCK_ROUNDS, times[False, more, 0])
-            take_turns(contenders, STALE_ROUNDS, times[True, more, 0], stale=True)
-        assert not list(directory.iterdir()), "a lock file was left"
-    waits = {name: waiting(contenders[name]) for name in (OURS, SOFT)}
+            take_turns(contenders, STALE_ROUNDS, times[True, more, 0], stale=directory)
+        assert not any(Path(directory).iterdir()), "a lock file was left"
+    waits = {name: f"{waiting(contenders[name]):.2%}" for name in (OURS, SOFT)}
     for entries, rounds in ROUNDS.items():
         for number in range(entries):
-            (directory / f"tmp{number:08}").touch()
+            Path(directory, f"tmp{number:08}").touch()
         take_turns(contenders, rounds, times.setdefault((False, 0, entries), {}))
     return dict(sorted(times.items())), waits
 
 
 def table(times: dict, waits: dict) -> str:
-    rows = [["", *STYLES, "to floor", "to avocado-vt"]]
+    rows = [["", *STYLES, "ratio to floor", "ratio to avocado-vt"]]
     for (stale, more, entries), row in times.items():
         what = "a stale lock" if stale else f"{entries:,} entries"
-        medians = [f"{statistics.median(row[name]) * 1e3:#.3g}" for name in STYLES]
-        ratios = [statistics.median(map(truediv, row[OURS], row[to])) for to in (FLOOR, VT)]
         what += f", {more:,} more processes" if more else ""
-        rows.append([what, *medians, *(f"{ratio:.2f}" for ratio in ratios)])
-    parts = [f"{waits[name]:.2%}" if name in waits else "" for name in STYLES]
-    rows.append(["waiting", *parts, "", ""])
-    text = "\n".join("   * - " + "\n     - ".join(row) for row in rows)
-    return f".. list-table::\n   :header-rows: 1\n\n{text}".replace(" \n", "\n").rstrip()
+        ratios = [median(map(truediv, row[OURS], row[to])) for to in (FLOOR, VT)]
+        rows.append([what, *(f"{median(row[name]) * 1e3:.3g}" for name in STYLES)])
+        rows[-1] += [f"{ratio:.2f}" for ratio in ratios]
+    rows.append(["waiting, CPU time", *(waits.get(name, "") for name in STYLES), "", ""])
+    lines = ["   * - " + "\n     - ".join(row) for row in rows]
+    return "\n".join([".. list-table::", "   :header-rows: 1", "", *lines]).replace("- \n", "-\n")
 
 
-def draw(times: dict, path: Path) -> None:
+def draw(times: dict) -> None:
     from matplotlib import pyplot as plt
 
     plt.rc("svg", hashsalt="figures", fonttype="none")
-    figure, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    _, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
     numbers = [0, *ROUNDS]
     for name, style in STYLES.items():
-        medians = [statistics.median(times[False, 0, number][name]) * 1e3 for number in numbers]
+        medians = [median(times[False, 0, number][name]) * 1e3 for number in numbers]
         ax.plot(numbers, medians, style, label=name)
     ax.set_xscale("symlog", linthresh=1_000)
     ax.set_yscale("log")
@@ -205,26 +194,25 @@ def draw(times: dict, path: Path) -> None:
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="other entries in the lock directory", ylabel="milliseconds")
     ax.legend()
-    figure.savefig(path, metadata={"Date": None})
+    plt.savefig(DOCS / "figures.svg", metadata={"Date": None})
 
 
 def main() -> None:
-    # So that whatever was started ends, and what was made goes.
+    # Like this whatever was started or made goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # Without it avocado-vt tells what programs are not installed.
     logging.getLogger().addHandler(logging.NullHandler())
-    load = [os.getloadavg()[0]]
     place = tempfile.gettempdir()
-    processes = sum(path.name.isdigit() for path in Path("/proc").iterdir())
+    load, processes = [os.getloadavg()[0]], sum(name.isdigit() for name in os.listdir("/proc"))
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as directory:
         # Avocado, avocado-vt and matplotlib keep files in the home.
         os.environ["HOME"] = home
-        times, waits = measure(Path(directory))
+        times, waits = measure(directory)
         load.append(os.getloadavg()[0])
-        draw(times, DOCS / "figures.svg")
+        draw(times)
     findmnt = ["findmnt", "--noheadings", "--output=FSTYPE", f"--target={place}"]
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    versions = [f"{name} {metadata.version(name)}" for name in PACKAGES]
+    versions = [f"{package} {metadata.version(package)}" for package in PACKAGES]
     page = PAGE.format(
         cpu=f"{os.cpu_count()} x {model[1] if model else platform.machine()}",
         kernel=f"{platform.system()} {platform.release()}",

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import needs_avocado_vt, needs_recipes
 from sandbox import (
-    AVOCADO,
-    AVOCADO_READS_RECIPES,
     HERE,
     assert_refused,
     assert_runs,
@@ -24,13 +23,7 @@ from sandbox import (
     wait_for,
 )
 
-pytestmark = pytest.mark.skipif(
-    AVOCADO < 105 and sys.version_info >= (3, 13),
-    reason=f"avocado-vt {AVOCADO} imports pipes, which is gone from Python 3.13",
-)
-needs_recipes = pytest.mark.skipif(
-    not AVOCADO_READS_RECIPES, reason=f"avocado run of Avocado {AVOCADO} reads no recipes"
-)
+pytestmark = needs_avocado_vt
 STILL_RUN = r"(?m)^\d+ process\(es\) of the job still run\.$"
 
 

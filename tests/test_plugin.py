@@ -9,10 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from needs import SOME_USER, needs_other_users
+from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
 from sandbox import (
     AVOCADO,
-    AVOCADO_READS_RECIPES,
     FAILURE,
     HERE,
     assert_refused,
@@ -27,14 +26,7 @@ from avocado_vt_joblock.lockfile import take_kernel_lock
 
 NAME = re.compile(r"avocado-vt-joblock-([0-9a-f]{40})-(\d+)-[0-9a-z]{8}\.pid")
 
-pytestmark = pytest.mark.skipif(
-    AVOCADO < 105 and sys.version_info >= (3, 13),
-    reason=f"avocado-vt {AVOCADO} imports pipes, which is gone from Python 3.13",
-)
-
-needs_recipes = pytest.mark.skipif(
-    not AVOCADO_READS_RECIPES, reason=f"avocado run of Avocado {AVOCADO} reads no recipes"
-)
+pytestmark = needs_avocado_vt
 
 
 @pytest.fixture

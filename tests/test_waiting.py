@@ -6,10 +6,8 @@ import signal
 import sys
 
 import pytest
-from needs import SOME_USER, needs_other_users
+from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
 from sandbox import (
-    AVOCADO,
-    AVOCADO_READS_RECIPES,
     HERE,
     LOCK_GLOB,
     assert_refused,
@@ -19,13 +17,7 @@ from sandbox import (
     wait_for,
 )
 
-pytestmark = pytest.mark.skipif(
-    AVOCADO < 105 and sys.version_info >= (3, 13),
-    reason=f"avocado-vt {AVOCADO} imports pipes, which is gone from Python 3.13",
-)
-needs_recipes = pytest.mark.skipif(
-    not AVOCADO_READS_RECIPES, reason=f"avocado run of Avocado {AVOCADO} reads no recipes"
-)
+pytestmark = needs_avocado_vt
 
 
 def set_timeout(sandbox, seconds):

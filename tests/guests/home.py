@@ -31,8 +31,8 @@ PACKAGES = (
     "qemu-system-x86 qemu-utils tcpdump iproute2 arping nmap p7zip-full netcat-openbsd xz-utils gcc"
 )
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-#: How many processes a refusal names.
-LIMIT = 10
+#: How many processes a refusal describes.
+LIMIT = 20
 #: An environment variable of a job with a guest, which all that descends from it inherits.
 VARIABLE = "VT_JOBLOCK_TEST"
 
