@@ -44,11 +44,13 @@ LOG = logging.getLogger(__name__)
 
 
 class _ToAvocado(logging.Handler):
-    """Passes on what this package logs: to the users of Avocado, and to the job's log."""
+    """Passes on what this package logs: to the job's log, and warnings to the users of Avocado."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        for name in ("avocado.app", "avocado.job"):
-            logging.getLogger(name).handle(record)
+        logging.getLogger("avocado.job").handle(record)
+        # Of these only warnings go to standard error. Standard output may be the job's results.
+        if record.levelno >= logging.WARNING:
+            logging.getLogger("avocado.app").handle(record)
 
 
 _package_log = logging.getLogger(__package__)
@@ -93,13 +95,13 @@ class LockedJob:
                 holder: Holder | None = error.holder
             while holder and (remaining := deadline - time.monotonic()) > 0:
                 if holder != told:
-                    LOG.info("Waiting %s: %s", _until(deadline), _describe(holder))
+                    LOG.warning("Waiting %s: %s", _until(deadline), _describe(holder))
                 else:
-                    LOG.info("Still waiting %s, after %s.", _until(deadline), _since(started))
+                    LOG.warning("Still waiting %s, after %s.", _until(deadline), _since(started))
                 told = holder
                 holder = self._lock.wait(holder, min(REMINDER_INTERVAL, remaining))
         if told:
-            LOG.info("Obtained the lock after %s.", _since(started))
+            LOG.warning("Obtained the lock after %s.", _since(started))
 
     def end(self, job: Job) -> None:
         """Release the lock, unless something of the job still runs.
@@ -121,7 +123,7 @@ def explain(error: BaseException, job: Job) -> str:
     """
     if isinstance(error, LockHeldError):
         waited = f"{_duration(error.waited)} of waiting were not enough: " if error.waited else ""
-        return waited + _describe(error.holder) + "\n" + _remedy(error.holder)
+        return f"{waited}{_describe(error.holder)}\n{_remedy(error)}"
     if isinstance(error, LockUnknownError):
         owner = _user(error.holder.uid)
         return (
@@ -189,6 +191,8 @@ def _release_or_leave(lock: JobLock, timeout: float) -> None:
     :param timeout: how long to wait for that, in seconds; Ctrl-C ends the waiting
     """
     if not lock.held:
+        # An interruption may have left it half taken, or half released.
+        lock.release()
         return
     try:
         left = _wait_for_the_rest(lock, timeout)
@@ -219,7 +223,7 @@ def _wait_for_the_rest(lock: JobLock, timeout: float) -> list[Process] | None:
     with contextlib.suppress(KeyboardInterrupt):
         left = lock.left_behind()
         if left and timeout:
-            LOG.info(
+            LOG.warning(
                 "The job has ended, but %d process(es) of it still run: waiting up to %g s for "
                 "them. Ctrl-C ends the waiting.",
                 len(left),
@@ -246,10 +250,11 @@ def _describe(holder: Holder) -> str:
     since:  {_local_time(holder.since)}{_list(holder.processes)}"""
 
 
-def _remedy(holder: Holder) -> str:
-    if holder.processes:
-        return _advice(holder.processes)
-    return f"""Wait until that job is done, or set {TIMEOUT} to have this one wait.
+def _remedy(error: LockHeldError) -> str:
+    if error.holder.processes:
+        return _advice(error.holder.processes)
+    wait = f"set a longer {TIMEOUT}" if error.waited else f"set {TIMEOUT} to have this one wait"
+    return f"""Wait until that job is done, or {wait}.
 If your jobs use a data directory of their own, then give them a lock directory of their own as
 well: {DIR}."""
 

@@ -51,7 +51,7 @@ GUARD_TIMEOUT = 1.0
 #: How often to publish anew where another host removes the unpublished file.
 PUBLISH_ATTEMPTS = 5
 #: How long to wait between two looks at a lock that somebody holds, in seconds.
-POLL_INTERVAL = 0.25
+POLL_INTERVAL = 1.0
 
 LOG = logging.getLogger(__name__)
 
@@ -89,6 +89,27 @@ class LockUnknownError(LockError):
         super().__init__(f"cannot tell whether a job still holds {holder.path}: {reason}")
         self.holder = holder
         self.reason = reason
+
+
+# Those that are not about it are that a process or the system has run out of something, mostly.
+_ABOUT_DIRECTORY = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.ENOENT,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ESTALE,
+    }
+)
+
+
+def _lock_error(what: str, error: OSError) -> LockError:
+    kind = LockDirectoryError if error.errno in _ABOUT_DIRECTORY else LockError
+    return kind(f"{what}: {error.strerror}.")
 
 
 class JobLock:
@@ -143,7 +164,7 @@ class JobLock:
             # The file goes before the guard: nobody shall be refused because of one who gives up.
             self._withdraw()
             if isinstance(error, OSError):
-                raise LockDirectoryError(f"{self.path}: {error.strerror}.") from error
+                raise _lock_error(self.path, error) from error
             raise
 
     def wait(self, holder: Holder, timeout: float) -> Holder | None:
@@ -209,14 +230,17 @@ class JobLock:
             status = os.fstat(self._dir_fd)
         except FileNotFoundError as error:
             raise LockDirectoryError(
-                f"the lock directory {self._directory} does not exist. Create it."
+                f"the lock directory {self._directory} does not exist."
             ) from error
         except NotADirectoryError as error:
             raise LockDirectoryError(
                 f"the lock directory {self._directory} is not a directory."
             ) from error
-        except (OSError, ValueError) as error:
-            # A ValueError is about characters that no path can have.
+        except OSError as error:
+            what = f"the lock directory {self._directory} cannot be opened"
+            raise _lock_error(what, error) from error
+        except ValueError as error:
+            # There are characters that no path can have.
             raise LockDirectoryError(
                 f"the lock directory {self._directory!r} cannot be opened: {error}."
             ) from error
@@ -256,9 +280,8 @@ class JobLock:
         except FileExistsError:
             raise
         except OSError as error:
-            raise LockDirectoryError(
-                f"the lock directory {self._directory} cannot be written: {error.strerror}."
-            ) from error
+            what = f"the lock directory {self._directory} cannot be written"
+            raise _lock_error(what, error) from error
         try:
             take_kernel_lock(self._fd)
         except OSError as error:

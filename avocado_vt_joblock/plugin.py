@@ -6,9 +6,9 @@ missing, from a later Avocado for example, is imported inside, where that stops 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from avocado.core.plugin_interfaces import JobPost, JobPre
 
@@ -51,7 +51,7 @@ class VTJobLock(JobPre, JobPost):
             raise
         except BaseException as error:
             # Avocado goes on after anything else that gets out of here, and would run the tests.
-            _stop(job, error)
+            raise _what_stops(job, error) from error
 
     def post(self, job: Job) -> None:
         """Release the lock if the job has it, unless something of the job still runs.
@@ -66,24 +66,28 @@ def _has_vt_tests(job: Job) -> bool:
     # A suite whose references are not resolved yet has None for tests. In a dry run no test is of
     # the VT kind.
     return any(
-        getattr(runnable, "kind", None) == VT_KIND
+        runnable.kind == VT_KIND
         for suite in job.test_suites
         if getattr(suite, "enabled", True)
         for runnable in suite.tests or ()
     )
 
 
-def _stop(job: Job, error: BaseException) -> NoReturn:
-    """Stop the job; to be called while the error is handled."""
+def _what_stops(job: Job, error: BaseException) -> BaseException:
+    """Tell the user why the job is stopped, and make the exception that stops it.
+
+    :param error: the reason, which is being handled
+    """
     message = f"Failure trying to set Avocado-VT job lock: {_reason(error, job)}"
     logging.getLogger("avocado.job").error(message, exc_info=True)
     # Post-job scripts run for this job as well: they can tell by its status.
-    job.status = "ERROR"
+    with contextlib.suppress(Exception):
+        job.status = "ERROR"
     job_error = _job_error()
     if job_error:
-        raise job_error(message)
+        return job_error(message)
     logging.getLogger("avocado.app").error(message)
-    sys.exit(job.exitcode | JOB_FAIL)
+    return SystemExit(getattr(job, "exitcode", 0) | JOB_FAIL)
 
 
 def _reason(error: BaseException, job: Job) -> str:
@@ -92,7 +96,7 @@ def _reason(error: BaseException, job: Job) -> str:
 
         return explain(error, job)
     except Exception:
-        return f"{type(error).__name__}: {error}. Details are in {job.logfile}."
+        return f"{type(error).__name__}: {error}. Details are in job.log."
 
 
 def _job_error() -> type[Exception] | None:

@@ -48,7 +48,7 @@ class Process(NamedTuple):
             stat = _stat(self.pid)
         except OSError:
             return False
-        return stat.started == self.started and stat.state not in _ENDED
+        return stat.started == self.started and not stat.has_ended
 
 
 class Traces(NamedTuple):
@@ -129,7 +129,7 @@ def may_have_written(pid: int, when: float) -> bool:
     except OSError:
         return True
     started = boot_time() + stat.started / os.sysconf("SC_CLK_TCK")
-    return stat.state not in _ENDED and started <= when + CLOCK_SLACK
+    return not stat.has_ended and started <= when + CLOCK_SLACK
 
 
 def boot_time() -> float:
@@ -211,16 +211,21 @@ def _look_at(pid: str) -> _Look | None:
     :raises ProcessLookupError: when it has ended
     """
     environ, command = _read(pid, "environ"), _read(pid, "cmdline")
-    words = None if command is None else command.split(b"\0")[:-1]
-    if _MARK.encode() not in (environ or b"") and b"task-run" not in (words or []):
-        if environ or words != []:
-            return _Look(environ, words, None, None)
+    if not environ and command == b"":
         stat = _stat(int(pid))
         if stat.flags & _KERNEL_THREAD:
             return None
+        if stat.state in _ENDED and not stat.has_ended:
+            thread = next(tid for tid in os.listdir(f"/proc/{pid}/task") if tid != pid)
+            place = f"{pid}/task/{thread}"
+            environ, command = _read(place, "environ"), _read(place, "cmdline")
+    words = None if command is None else command.split(b"\0")[:-1]
+    bare = not environ and words == []
+    if not bare and _MARK.encode() not in (environ or b"") and b"task-run" not in (words or []):
+        return _Look(environ, words, None, None)
     # What ends while this is read counts as ended, not as seen.
     stat = _stat(int(pid))
-    if stat.state in _ENDED:
+    if stat.has_ended:
         raise ProcessLookupError
     text = os.fsdecode(b" ".join(words or [])) or f"[{stat.name}]"
     return _Look(environ, words, Process(int(pid), text, stat.started), _user(pid))
@@ -259,6 +264,12 @@ class _Stat(NamedTuple):
     state: str
     started: int
     flags: int
+    threads: int
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is a zombie; a process whose first thread alone has ended looks like one."""
+        return self.state in _ENDED and self.threads <= 1
 
 
 def _stat(pid: int) -> _Stat:
@@ -267,7 +278,8 @@ def _stat(pid: int) -> _Stat:
         # The name, in parentheses, may hold anything.
         head, _, tail = os.fsdecode(file.read()).rpartition(")")
     fields = tail.split()
-    return _Stat(head.partition("(")[2], fields[0], int(fields[19]), int(fields[6]))
+    started, flags, threads = (int(fields[index]) for index in (19, 6, 17))
+    return _Stat(head.partition("(")[2], fields[0], started, flags, threads)
 
 
 def _user(pid: str) -> int:
@@ -276,10 +288,12 @@ def _user(pid: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(b"Uid:"))
 
 
-def _read(pid: str, what: str) -> bytes | None:
-    """Read a file of a process; return None where that is not permitted."""
+def _read(place: str, what: str) -> bytes | None:
+    """Read a file about a process's memory; return None where that is not permitted."""
     try:
-        with open(f"/proc/{pid}/{what}", "rb", buffering=0) as file:
+        with open(f"/proc/{place}/{what}", "rb", buffering=0) as file:
             return file.readall()
     except PermissionError:
         return None
+    except ProcessLookupError:
+        return b""  # It has no memory.

@@ -4,6 +4,7 @@ The tests leave a process behind in a session of its own, as avocado-vt leaves a
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -220,9 +221,25 @@ def test_killed_job_of_which_nothing_is_left(sandbox):
     test.end()
     wait_for(lambda: not sandbox.living())
     text = assert_runs(sandbox, "next")
-    assert text.count("stale") == 1
-    for alarm in ("still", "warning", "killed"):
+    for alarm in ("stale", "still", "warning", "killed"):
         assert alarm not in text.lower()
+    log = (sandbox.home / "avocado/job-results/latest/job.log").read_text()
+    assert f"Removed 1 stale lock(s) from {sandbox.lock_dir}." in log
+
+
+@needs_recipes
+def test_standard_output_can_be_the_results(sandbox):
+    test = sandbox.vt_test("test", guest=True)
+    job = start(sandbox, test)
+    all_killed(job)
+    job.wait()
+    killed(test.guest)
+    wait_for(lambda: not sandbox.living())
+    following = sandbox.vt_test("following", outcome="error")
+    following.end()
+    job = sandbox.run(following, options=["--json=-"], stderr=subprocess.DEVNULL)
+    _, text = finish(job)
+    assert json.loads(text)["errors"] == 1
 
 
 def test_command_lines_are_tamed(sandbox):
@@ -301,6 +318,39 @@ def test_job_that_ends_without_post(sandbox, guest):
     assert text.count("interrupted\n") == 1
     assert len(sandbox.locks()) == guest
     assert bool(re.search(STILL_RUN, text)) == guest
+
+
+INTERRUPTED_RELEASE = """
+import gc, sys
+import avocado
+from avocado_vt_joblock import lock
+sys.path.insert(0, sys.argv.pop(1))
+import job_api
+
+def interrupted(self):
+    lock.JobLock._is_in_place = there
+    raise KeyboardInterrupt
+
+there = lock.JobLock._is_in_place
+lock.JobLock._is_in_place = interrupted
+try:
+    job_api.main(*sys.argv[1:])
+except KeyboardInterrupt:
+    print("interrupted")
+gc.collect()
+sys.exit(job_api.main(*sys.argv[1:]))
+"""
+
+
+def test_interrupted_release(sandbox):
+    """The process goes on, and so would the kernel lock."""
+    test = sandbox.vt_test("test")
+    test.end()
+    job = sandbox.popen(sys.executable, "-c", INTERRUPTED_RELEASE, HERE, "{}", test.recipe)
+    code, text = finish(job)
+    assert "interrupted\n" in text
+    assert code == 0, text
+    assert list(sandbox.lock_dir.iterdir()) == []
 
 
 TWO_JOBS = """

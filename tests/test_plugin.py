@@ -349,6 +349,46 @@ def test_unexpected_error_stops_the_job(sandbox):
     assert "job.log" in text
 
 
+CHANGED_AVOCADO = """
+import sys
+import avocado
+from avocado.core.job import Job
+from avocado.core.suite import TestSuite
+what = sys.argv.pop(1)
+suite = TestSuite(name="test", tests=[])
+if what == "no kind":
+    suite.tests = [object()]
+else:
+    suite = None
+    sys.path.insert(0, sys.argv.pop(1))
+    import job_api
+
+def refuse(job, value):
+    if value == "ERROR":
+        raise AttributeError("read-only")
+
+if what == "status":
+    Job.status = property(lambda job: "RUNNING", refuse)
+if suite:
+    with Job({"core.show": ["app"]}, [suite]) as job:
+        sys.exit(job.run())
+sys.exit(job_api.main(*sys.argv[1:]))
+"""
+
+
+def test_tests_without_a_kind_stop_the_job(sandbox):
+    # Nobody can tell whether they are VT tests.
+    code, text = finish(sandbox.popen(sys.executable, "-c", CHANGED_AVOCADO, "no kind"))
+    assert code == 2, text
+    assert f"{FAILURE}AttributeError: 'object' object has no attribute 'kind'" in text
+
+
+def test_job_whose_status_cannot_be_set_is_refused_all_the_same(sandbox, holder):
+    other = sandbox.vt_test("other")
+    words = [sys.executable, "-c", CHANGED_AVOCADO, "status", HERE, "{}", other.recipe]
+    assert "another job holds the lock" in assert_refused(sandbox.popen(*words), other)
+
+
 ODD_INTERRUPTION = """
 import signal, sys, time
 from avocado_vt_joblock import lock

@@ -30,7 +30,7 @@ def start_waiting(sandbox, name="waiting"):
     test.end()
     printed = sandbox.root / f"{name}.printed"
     with printed.open("w") as file:
-        job = sandbox.run(test, stdout=file)
+        job = sandbox.run(test, stdout=file, stderr=file)
     wait_for(lambda: "Waiting" in printed.read_text(), job)
     return job, test, printed
 
@@ -90,6 +90,7 @@ def test_out_of_time(sandbox):
     text = assert_refused(sandbox.run(test), test)
     assert "0:00:02 h of waiting were not enough: another job holds the lock." in text
     assert f"PID:    {holder.pid}" in text
+    assert "set a longer plugins.vtjoblock.timeout." in text
     assert len(list(sandbox.lock_dir.iterdir())) == 1
     holding.end()
     assert finish(holder)[0] == 0

@@ -11,7 +11,7 @@ from holders import leave_stale_lock, lock_path
 from needs import needs_root
 from system_calls import at_call, count, descriptors, intercepted
 
-from avocado_vt_joblock.lock import LockError, LockHeldError
+from avocado_vt_joblock.lock import LockDirectoryError, LockError, LockHeldError
 
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EINTR, errno.ENOLCK]
 
@@ -120,6 +120,22 @@ def test_being_refused(directory, new_lock, live_lock, code):
         assert caught.value.holder.path == str(live)
         for path in left:
             path.unlink(missing_ok=True)
+
+
+def test_too_many_open_files_are_not_about_the_directory(directory, new_lock):
+    """No other lock directory is advised then: that would not keep jobs apart."""
+    calls = count(new_lock().acquire)
+    for path in directory.iterdir():
+        path.unlink()
+    for number, name in enumerate(calls):
+        if name == "open":
+            with (
+                intercepted(at_call(number, failing(errno.EMFILE))),
+                pytest.raises(LockError) as caught,
+            ):
+                new_lock().acquire()
+            assert os.strerror(errno.EMFILE) in str(caught.value)
+            assert not isinstance(caught.value, LockDirectoryError)
 
 
 def test_short_write(directory, new_lock):

@@ -204,7 +204,7 @@ def test_unpublished_name_that_is_there_already_is_left_alone(directory, new_loc
 
 def test_missing_directory_is_not_created(directory, new_lock):
     directory.rmdir()
-    with pytest.raises(LockDirectoryError, match=f"{directory} does not exist. Create it"):
+    with pytest.raises(LockDirectoryError, match=f"{directory} does not exist"):
         new_lock().acquire()
     assert not directory.exists()
 

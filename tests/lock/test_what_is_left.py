@@ -263,6 +263,29 @@ def test_zombie_does_not_count(directory, new_lock, start):
     assert not path.exists()
 
 
+FIRST_THREAD_ENDS = """
+import ctypes, os, sys, threading, time
+def wait():
+    while not open("/proc/self/stat").read().rpartition(")")[2].split()[0] == "Z":
+        time.sleep(0.01)
+    print(flush=True)
+    sys.stdin.read()
+    os._exit(0)
+threading.Thread(target=wait).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_process_whose_first_thread_has_ended(directory, new_lock, start):
+    """It looks like a zombie, and is none."""
+    path, others = leave_stale_lock(directory), leave_stale_lock(directory, 1)
+    started = start(env=mark_of(path), script=FIRST_THREAD_ENDS)
+    holder = refused(new_lock())
+    assert pids(holder) == [started.pid]
+    assert holder.processes[0].is_running()
+    assert not others.exists()
+
+
 def test_own_process_does_not_count_but_its_parent_does(directory, start):
     """A shell that a test of the job started, for example."""
     path = leave_stale_lock(directory)
