@@ -51,7 +51,7 @@ clean:  ## Remove what the other targets make.
 .venv/made: GROUP := dev
 .venv-103/made: AVOCADO := 103
 .venv-103/made: GROUP := test
-.venv/made .venv-103/made: $(SOURCES) tests/avocado-103.txt tests/avocado-113.txt
+.venv/made .venv-103/made: $(SOURCES) tests/avocado-103.txt tests/avocado-113.txt tests/netifaces/pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --upgrade pip
 	$(@D)/bin/pip install --quiet --no-deps --requirement tests/avocado-$(AVOCADO).txt
