@@ -122,20 +122,22 @@ def explain(error: BaseException, job: Job) -> str:
     :param job: the job
     """
     if isinstance(error, LockHeldError):
-        waited = f"{_duration(error.waited)} of waiting were not enough: " if error.waited else ""
-        return f"{waited}{_describe(error.holder)}\n{_remedy(error)}"
+        waited = f"waited for {_duration(error.waited)} in vain: " if error.waited else ""
+        return f"{waited}{_describe(error.holder)}{_remedy(error)}"
     if isinstance(error, LockUnknownError):
         owner = _user(error.holder.uid)
+        who = owner if owner == "root" else f"{owner} or root"
         return (
-            f"{error}.\nIts owner is {owner}. If no job of {owner} with VT tests runs any more, "
-            f"then {owner} or root can remove it:\n    rm {error.holder.path}"
+            f"{error}.\nIts owner is {owner}. If no job, test or guest of {owner} runs any more "
+            f"(pgrep -u {owner} -af 'task-run|qemu'),\nthen {who} can remove it:\n"
+            f"    rm {error.holder.path}"
         )
     if isinstance(error, TimeoutSettingError):
-        return f"{error}\n{_where_to_set(TIMEOUT)}"
+        return f"{error}\n{_where_to_change(TIMEOUT)}"
     if isinstance(error, LockDirectoryError):
         return (
             f"{error} Correct that, or set another lock directory.\n"
-            f"It is {DIR} = {job.config[DIR]!r}.\n{_where_to_set(DIR)}"
+            f"It is {DIR} = {job.config[DIR]!r}.\n{_where_to_change(DIR)}"
         )
     if isinstance(error, LockError):
         return str(error)
@@ -152,8 +154,8 @@ def _timeout(value: object) -> float:
         return math.inf
     if not 0 <= seconds < math.inf:
         raise TimeoutSettingError(
-            f"{TIMEOUT} = {value!r} is not a time to wait. Set a number of seconds, 0 to fail at "
-            "once, or -1 to wait for as long as it takes."
+            f"{TIMEOUT} = {value!r} is not a time to wait. That is a number of seconds, 0 to fail "
+            "at once, or -1 to wait for as long as it takes."
         )
     return seconds
 
@@ -209,7 +211,7 @@ def _release_or_leave(lock: JobLock, timeout: float) -> None:
                 "the lock file stays: %s. The next job removes it.",
                 len(left),
                 _list(left),
-                _advice(left),
+                _advice(left, os.geteuid()),
                 lock.path,
             )
         else:
@@ -237,26 +239,30 @@ def _wait_for_the_rest(lock: JobLock, timeout: float) -> list[Process] | None:
 
 
 def _describe(holder: Holder) -> str:
+    """Tell whose a live lock is, and what ends that does not end by itself."""
     if holder.processes:
         what = "a job has ended, but processes of it still run."
         pid = ""
+        advice = f"\n{_advice(holder.processes, holder.uid)}"
     else:
         what = "another job holds the lock."
         pid = f"\n    PID:    {holder.pid or 'unknown'}"
+        advice = ""
     return f"""{what}
     file:   {holder.path}{pid}
     user:   {_user(holder.uid)}
     job id: {holder.job_id}
-    since:  {_local_time(holder.since)}{_list(holder.processes)}"""
+    since:  {_local_time(holder.since)}{_list(holder.processes)}{advice}"""
 
 
 def _remedy(error: LockHeldError) -> str:
     if error.holder.processes:
-        return _advice(error.holder.processes)
+        return ""
     wait = f"set a longer {TIMEOUT}" if error.waited else f"set {TIMEOUT} to have this one wait"
-    return f"""Wait until that job is done, or {wait}.
-If your jobs use a data directory of their own, then give them a lock directory of their own as
-well: {DIR}."""
+    return f"""
+Wait until that job is done, or {wait}.
+Only if your jobs share no guest images and other files with that one, give them a lock directory
+of their own: {DIR}."""
 
 
 def _list(processes: Sequence[Process]) -> str:
@@ -267,12 +273,13 @@ def _list(processes: Sequence[Process]) -> str:
     return "".join(lines)
 
 
-def _advice(processes: Sequence[Process]) -> str:
+def _advice(processes: Sequence[Process], uid: int | None) -> str:
     pids = " ".join(str(process.pid) for process in processes)
+    who = "root" if uid == 0 else f"{_user(uid)} or root"
     return (
-        "They may be cleaning up and restoring images: wait for them. If they hang, end them with\n"
-        f"    kill {pids}\n"
-        "and check the images before the next job."
+        "They may be cleaning up and restoring images: wait some minutes. A guest alone does not "
+        f"end by itself.\nIf they hang, {who} can end them, and has to check the images then:\n"
+        f"    kill {pids}"
     )
 
 
@@ -308,11 +315,11 @@ def _since(started: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{datetime.timedelta(seconds=round(seconds))} h"
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _where_to_set(option: str) -> str:
+def _where_to_change(option: str) -> str:
     section, _, key = option.rpartition(".")
     return (
-        f"Set {option} ({key} in section [{section}]) in a config file that avocado config lists."
+        f"Change {key} in section [{section}] of one of the config files that avocado config lists."
     )

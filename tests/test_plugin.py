@@ -269,6 +269,7 @@ def test_bad_timeout_stops_the_job(sandbox, value):
     text = assert_refused(sandbox.run(test), test)
     assert f"plugins.vtjoblock.timeout = {value!r} is not a time to wait" in text
     assert "-1 to wait for as long as it takes" in text
+    assert "Change timeout in section [plugins.vtjoblock]" in text
     assert list(sandbox.lock_dir.iterdir()) == []
 
 
@@ -313,7 +314,7 @@ def test_lock_of_another_user_that_nobody_can_judge(sandboxes):
     other.belong_to(SOME_USER + 1)
     text = assert_refused(other.run(test), test)
     assert f"cannot tell whether a job still holds {lock}: there is no PID in it." in text
-    assert f"Its owner is {SOME_USER}." in text
+    assert f"Its owner is {SOME_USER}. If no job, test or guest of {SOME_USER} runs" in text
     assert "lock directory" not in text
     assert "plugins.vtjoblock.dir" not in text
 

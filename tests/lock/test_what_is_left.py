@@ -133,6 +133,19 @@ def test_left_behind(new_lock, start):
     assert lock.left_behind() == []
 
 
+def test_process_that_has_ended_is_not_running(new_lock, start):
+    lock = new_lock()
+    lock.acquire()
+    started = start()
+    (found,) = lock.left_behind()
+    # Its PID is another process's.
+    assert not found._replace(started=found.started - 1).is_running()
+    started.kill()
+    os.waitid(os.P_PID, started.pid, os.WEXITED | os.WNOWAIT)
+    # Nobody has waited for it yet.
+    assert not found.is_running()
+
+
 def test_jobs_of_one_process_one_after_the_other(new_lock, start):
     first = new_lock()
     first.acquire()
