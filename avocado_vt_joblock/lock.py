@@ -162,7 +162,7 @@ class JobLock:
             _drop_guard(dir_fd)
         except BaseException as error:
             # The file goes before the guard: nobody shall be refused because of one who gives up.
-            self._withdraw()
+            self._remove_and_close()
             if isinstance(error, OSError):
                 raise _lock_error(self.path, error) from error
             raise
@@ -206,7 +206,7 @@ class JobLock:
                     "did it: a cleaner of temporary files, for example.",
                     self.path,
                 )
-        error = self._withdraw()
+        error = self._remove_and_close()
         if error:
             LOG.warning(
                 "The lock file %s could not be removed: %s. It stops nobody once nothing of the "
@@ -354,7 +354,7 @@ class JobLock:
         except OSError:
             return False
 
-    def _withdraw(self) -> OSError | None:
+    def _remove_and_close(self) -> OSError | None:
         """Remove whatever acquire() has created, and close the descriptors.
 
         :return: why the file could not be removed, if so

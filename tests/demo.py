@@ -29,7 +29,7 @@ def show(sandbox):
     quote(f"$ ls {sandbox.lock_dir}\n{lock.name}\n$ cat {lock}\n{lock.read_text().strip()}")
     check(int(lock.read_text()) == job.pid, "the lock file holds the PID of the first job")
 
-    say("A second job starts meanwhile, and is turned away:")
+    say("A second job starts meanwhile, and is refused:")
     second = sandbox.vt_test("second")
     code, text = finish(sandbox.run(second))
     quote(text[text.find(FAILURE) :])

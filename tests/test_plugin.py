@@ -487,7 +487,7 @@ def test_job_of_the_same_id_is_left_alone(sandbox):
     options = [f"--force-job-id={'1' * 40}"]
     first = sandbox.run(tests[0], options=options)
     wait_for(lambda: tests[0].has_begun, first)
-    # One that is turned away, and one that runs with a lock directory of its own.
+    # One that is refused, and one that runs with a lock directory of its own.
     assert_refused(sandbox.run(tests[1], options=options), tests[1])
     elsewhere = sandbox.root / "elsewhere"
     elsewhere.mkdir()
