@@ -136,12 +136,16 @@ def table(times: dict, waits: dict) -> str:
         what += f", {more:,} more processes" if more else ""
         medians = [median(row[name]) * 1e3 for name in STYLES]
         ratios = [median(map(truediv, row[OURS], row[to])) for to in (FLOOR, VT)]
-        rows.append([what, *(f"{number:.3g}" for number in medians + ratios)])
+        rows.append([what, *map(shown, medians + ratios)])
     rows.append(["waiting, CPU time", *(waits.get(name, "") for name in STYLES), "", ""])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rule = "  ".join("=" * width for width in widths)
     head, *body = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join([rule, head, rule, *body, rule])
+
+
+def shown(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 def draw(times: dict) -> None:
