@@ -20,7 +20,7 @@ from typing import NamedTuple
 #: How far the clocks that date a file and a process may be apart, in seconds.
 CLOCK_SLACK = 10.0
 #: How long to look again and again at processes that come and go, in seconds.
-SETTLE_TIMEOUT = 1.0
+SETTLE_TIMEOUT = 3.0
 #: How often to look before it is believed that a process has no environment, and how long to wait
 #: in between, in seconds.
 BARE_LOOKS = 3

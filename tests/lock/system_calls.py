@@ -96,11 +96,16 @@ def count(what):
 
     def hook(name, call):
         calls.append(name)
-        return call()
+        return _alone(name, call)
 
     with intercepted(hook):
         what()
     return calls
+
+
+def _alone(name, call):
+    """Do a system call; other processes than this one come and go, and are not shown."""
+    return [str(os.getpid())] if name == "listdir" else call()
 
 
 def at_call(number, instead):
@@ -112,7 +117,7 @@ def at_call(number, instead):
     numbers = itertools.count()
 
     def hook(name, call):
-        return instead(name, call) if next(numbers) == number else call()
+        return instead(name, call) if next(numbers) == number else _alone(name, call)
 
     return hook
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from holders import leave_stale_lock
@@ -128,6 +129,9 @@ class ProcessThatEnds(Situation):
         variable = processes.mark(str(self.path))
         self.process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
         processes.unmark(variable)
+        # It begins without an environment, in the middle of its exec.
+        while variable.encode() not in Path(f"/proc/{self.process.pid}/environ").read_bytes():
+            pass
         self.pids = [self.process.pid]
         self.whats.append(self.end)
 

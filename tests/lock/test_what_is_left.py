@@ -1,10 +1,12 @@
 """What a job has started and outlives it: it keeps the lock live, and nothing else does."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,13 @@ def refused(lock):
     return caught.value.holder
 
 
+def wait_until_ended(pid):
+    """Wait for a process that is not a child of this one."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+
+
 def end(popen):
     popen.kill()
     popen.wait()
@@ -89,6 +98,7 @@ def test_guest_of_a_killed_job(directory, new_lock):
     assert holder.processes[0].command == "sleep 1000"
     assert names(directory) == [Path(holder.path).name]
     os.kill(guest, signal.SIGKILL)
+    wait_until_ended(guest)
     lock = new_lock()
     lock.acquire()
     assert names(directory) == [Path(lock.path).name]
@@ -338,7 +348,7 @@ def test_process_that_is_another_one_at_each_look(directory, new_lock, rounds, t
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as chain:
         try:
             chain.stdout.readline()
-            for _ in rounds(100):
+            for _ in rounds(30):
                 # It is found, or it is plain that nothing can be.
                 with pytest.raises((LockHeldError, LockUnknownError)) as caught:
                     new_lock().acquire()
