@@ -144,7 +144,8 @@ def test_config_file_beside_the_package(sandbox, wheel, tmp_path):
 @needs_mount_namespaces
 def test_file_of_the_administrator_is_not_moved(sandbox, wheel, tmp_path):
     """A package without a config file of its own, of which the administrator has written one."""
-    target = sandbox.root / "target"
+    # As deep as /usr/lib/python3 is, of which / would be the prefix.
+    target = sandbox.root.parent / "target"
     install(sys.executable, "--target", target, "--no-deps", wheel)
     (target / CONFIG_FILE).unlink(missing_ok=True)
     etc = own_etc(sandbox)
