@@ -235,6 +235,8 @@ def _wait_for_the_rest(lock: JobLock, timeout: float) -> list[Process] | None:
             time.sleep(0.1)
             if not any(process.is_running() for process in left):
                 left = lock.left_behind()
+        if not left:
+            return left
     return lock.left_behind()
 
 

@@ -109,9 +109,11 @@ def traces(path: str, owner: int | None) -> Traces:
     :param owner: the user id of its owner
     """
     name = os.path.basename(path)
+    match = _NAME.fullmatch(name)
+    assert match
     # The name has the writer's user id, since a network file system may change the owner.
-    _, job_id, writer, _ = name[len(PREFIX) - 1 :].split("-")
-    return Traces(name, job_id, frozenset({int(writer), *([] if owner is None else [owner])}))
+    uids = {int(match["uid"])} if owner is None else {int(match["uid"]), owner}
+    return Traces(name, match["job_id"], frozenset(uids))
 
 
 def take_kernel_lock(fd: int) -> None:
