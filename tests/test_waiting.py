@@ -13,6 +13,7 @@ from sandbox import (
     assert_refused,
     assert_runs,
     finish,
+    running_tests,
     start,
     wait_for,
 )
@@ -63,13 +64,14 @@ def test_waits_until_the_holder_has_ended(sandbox, timeout):
 def test_waits_for_what_is_left_of_a_killed_job(sandbox):
     holding = sandbox.vt_test("holder", guest=True)
     holder = start(sandbox, holding)
+    left = {*running_tests(holder), holding.guest}
     set_timeout(sandbox, -1)
     job, test, printed = start_waiting(sandbox)
     os.kill(holder.pid, signal.SIGKILL)
     wait_for(lambda: "processes of it still run" in printed.read_text(), job)
     told = printed.read_text()
     assert f"{holding.guest}  sleep 1000" in told
-    assert "task-run" in told
+    assert left == set(map(int, re.findall(r"^ +(\d+)  \S", told, re.MULTILINE)))
     # A guest alone does not end by itself.
     assert re.search(rf"^    kill .*\b{holding.guest}\b", told, re.MULTILINE)
     holding.end()
