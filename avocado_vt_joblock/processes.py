@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import errno
 import hashlib
+import itertools
 import os
 import re
 import time
@@ -164,9 +165,10 @@ class _Look(NamedTuple):
 def _looks() -> Iterator[_Look]:
     """Look at each process but this one, until a round in which none ended and none changed.
 
-    What ended before it was looked at may have forked one that a later round shows. In the middle
-    of an exec a process has neither environment nor command line for a moment; one that has none
-    for long, at its end for example, comes last.
+    What ended before it was looked at may have forked one that a later round shows. One round is
+    never enough: where PIDs start again from the lowest, it may miss one that forks and ends. In
+    the middle of an exec a process has neither environment nor command line for a moment; one that
+    has none for long, at its end for example, comes last.
 
     :raises OSError: when there is no such round in time
     """
@@ -174,7 +176,7 @@ def _looks() -> Iterator[_Look]:
     done = {os.readlink("/proc/self")}
     times_bare: collections.Counter[str] = collections.Counter()
     deadline = time.monotonic() + SETTLE_TIMEOUT
-    while True:
+    for rounds in itertools.count(1):
         ended = False
         bare = {}
         for pid in [name for name in os.listdir("/proc") if name.isdigit() and name not in done]:
@@ -193,11 +195,12 @@ def _looks() -> Iterator[_Look]:
             done.add(pid)
             if look:
                 yield look
-        if not ended and not bare:
-            return
-        if time.monotonic() > deadline:
-            break
-        if not ended:
+        if rounds > 1:
+            if not ended and not bare:
+                return
+            if time.monotonic() > deadline:
+                break
+        if bare and not ended:
             time.sleep(PAUSE)
     if ended or min(times_bare[pid] for pid in bare) < BARE_LOOKS:
         raise OSError(errno.EAGAIN, "processes come and go too fast")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from environments import AVOCADO_PACKAGES, build, install, new_environment
-from sandbox import Sandbox
+from sandbox import Sandbox, finish, start
 
 
 def pytest_addoption(parser):
@@ -68,3 +68,14 @@ def sandboxes():
 @pytest.fixture
 def sandbox(sandboxes):
     return sandboxes()
+
+
+@pytest.fixture
+def holder(sandbox):
+    """A job that holds the lock, and its test."""
+    test = sandbox.vt_test("holder")
+    job = start(sandbox, test)
+    yield job, test
+    test.end()
+    code, text = finish(job)
+    assert code == 0, text

@@ -17,7 +17,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 AVOCADO = int(metadata.version("avocado-framework").split(".")[0])
 AVOCADO_READS_RECIPES = AVOCADO >= 105
-LOCK_GLOB = "avocado-vt-joblock-*.pid"
 #: How the message of a job that was stopped begins.
 FAILURE = "Failure trying to set Avocado-VT job lock: "
 #: How long anything may take before it counts as a hang, in seconds.
@@ -80,7 +79,7 @@ class Sandbox:
 
     def locks(self) -> list[Path]:
         """The lock files that are there."""
-        return sorted(self.lock_dir.glob(LOCK_GLOB))
+        return sorted(self.lock_dir.glob("avocado-vt-joblock-*.pid"))
 
     def popen(self, *command: str | Path, **options: object) -> subprocess.Popen[str]:
         """Start a command in the sandbox; :meth:`close` ends it with all that it started."""
@@ -95,8 +94,7 @@ class Sandbox:
             [*self.prefix, *map(str, command)],
             text=True,
             start_new_session=True,
-            # It is ignored by what a shell without job control starts in the background.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_heed_signals,
             **{**defaults, **options},  # type: ignore[call-overload]
         )
         self.processes.append(process)
@@ -310,6 +308,12 @@ def assert_refused(job: subprocess.Popen[str], test: VTTest) -> str:
     assert text.count(FAILURE) == 1
     assert "Traceback" not in text
     return text
+
+
+def _heed_signals() -> None:
+    # nohup(1) has SIGHUP ignored, and a shell without job control SIGINT, by what it starts.
+    for signum in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def _commands() -> dict[int, bytes]:

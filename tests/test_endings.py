@@ -108,7 +108,7 @@ ENDINGS = [
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.__name__)
 def test_nobody_else_runs_until_all_of_a_job_has_ended(sandbox, ending):
     test = sandbox.vt_test("test", guest=True)
-    job = start(sandbox, test, options=["--job-timeout=8"] if ending is timed_out else [])
+    job = start(sandbox, test, options=["--job-timeout=15"] if ending is timed_out else [])
     (lock,) = sandbox.locks()
     ending(job)
     code, text = finish(job)

@@ -29,17 +29,6 @@ NAME = re.compile(r"avocado-vt-joblock-([0-9a-f]{40})-(\d+)-[0-9a-z]{8}\.pid")
 pytestmark = needs_avocado_vt
 
 
-@pytest.fixture
-def holder(sandbox):
-    """A job that holds the lock, and its test."""
-    test = sandbox.vt_test("holder")
-    job = start(sandbox, test)
-    yield job, test
-    test.end()
-    code, text = finish(job)
-    assert code == 0, text
-
-
 def test_listed_under_job_prepost(sandbox):
     section = re.search(r"\(job\.prepost\):\n(.*?)\n\n", sandbox.output("plugins"), re.DOTALL)
     assert re.search(r"^vt-joblock +Avocado-VT Job Lock/Unlock$", section[1], re.MULTILINE)

@@ -9,7 +9,6 @@ import pytest
 from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
 from sandbox import (
     HERE,
-    LOCK_GLOB,
     assert_refused,
     assert_runs,
     finish,
@@ -25,21 +24,27 @@ def set_timeout(sandbox, seconds):
     sandbox.configure(f"[plugins.vtjoblock]\ndir = {sandbox.lock_dir}\ntimeout = {seconds}\n")
 
 
-def start_waiting(sandbox, name="waiting"):
-    """Start a job that finds another one at work; return it, its test and what it printed."""
+def start_waiting(sandbox, name="waiting", command=()):
+    """Start a job that finds another one at work; return it, its test and what it printed.
+
+    :param command: what runs a job with the recipe that follows, if it is not to be Avocado
+    """
     test = sandbox.vt_test(name)
     test.end()
     printed = sandbox.root / f"{name}.printed"
     with printed.open("w") as file:
-        job = sandbox.run(test, stdout=file, stderr=file)
+        streams = {"stdout": file, "stderr": file}
+        if command:
+            job = sandbox.popen(*command, test.recipe, **streams)
+        else:
+            job = sandbox.run(test, **streams)
     wait_for(lambda: "Waiting" in printed.read_text(), job)
     return job, test, printed
 
 
 @pytest.mark.parametrize("timeout", [-1, "-1.0", 100, "60.5"])
-def test_waits_until_the_holder_has_ended(sandbox, timeout):
-    holding = sandbox.vt_test("holder")
-    holder = start(sandbox, holding)
+def test_waits_until_the_holder_has_ended(sandbox, holder, timeout):
+    job_ahead, holding = holder
     set_timeout(sandbox, timeout)
     job, test, printed = start_waiting(sandbox)
     assert len(list(sandbox.lock_dir.iterdir())) == 1
@@ -47,11 +52,11 @@ def test_waits_until_the_holder_has_ended(sandbox, timeout):
     told = printed.read_text()
     until = "for as long as it takes" if str(timeout).startswith("-") else r"until [\d-]+ [\d:]+"
     assert re.search(rf"^Waiting {until}: another job holds the lock\.$", told, re.MULTILINE)
-    for fact in (f"file:   {lock}", f"PID:    {holder.pid}", "user:   ", "job id: ", "since:  "):
+    for fact in (f"file:   {lock}", f"PID:    {job_ahead.pid}", "user:   ", "job id: ", "since:  "):
         assert told.count(fact) == 1
     assert not test.has_begun
     holding.end()
-    assert finish(holder)[0] == 0
+    assert finish(job_ahead)[0] == 0
     assert finish(job)[0] == 0
     assert re.search(r"^Obtained the lock after 0:\d\d:\d\d\.$", printed.read_text(), re.MULTILINE)
     assert holding.notes()[-1][1] < test.notes()[0][1]
@@ -84,29 +89,22 @@ def test_waits_for_what_is_left_of_a_killed_job(sandbox):
     assert list(sandbox.lock_dir.iterdir()) == []
 
 
-def test_out_of_time(sandbox):
-    holding = sandbox.vt_test("holder")
-    holder = start(sandbox, holding)
+def test_out_of_time(sandbox, holder):
+    job_ahead, _ = holder
     set_timeout(sandbox, 1.5)
     test = sandbox.vt_test("waiting")
     text = assert_refused(sandbox.run(test), test)
-    assert "waited for 0:00:02 in vain: another job holds the lock." in text
-    assert f"PID:    {holder.pid}" in text
+    assert re.search(r"waited for 0:\d\d:\d\d in vain: another job holds the lock\.", text)
+    assert f"PID:    {job_ahead.pid}" in text
     assert "set a longer plugins.vtjoblock.timeout." in text
     assert len(list(sandbox.lock_dir.iterdir())) == 1
-    holding.end()
-    assert finish(holder)[0] == 0
 
 
-def test_0_does_not_wait(sandbox):
-    holding = sandbox.vt_test("holder")
-    holder = start(sandbox, holding)
+def test_0_does_not_wait(sandbox, holder):
     set_timeout(sandbox, 0)
     test = sandbox.vt_test("other")
     text = assert_refused(sandbox.run(test), test)
     assert "aiting" not in text
-    holding.end()
-    assert finish(holder)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -117,9 +115,8 @@ def test_0_does_not_wait(sandbox):
         (signal.SIGKILL, -9),
     ],
 )
-def test_signal_ends_the_waiting(sandbox, signum, code):
-    holding = sandbox.vt_test("holder")
-    holder = start(sandbox, holding)
+def test_signal_ends_the_waiting(sandbox, holder, signum, code):
+    job_ahead, holding = holder
     (lock,) = sandbox.locks()
     set_timeout(sandbox, -1)
     job, test, printed = start_waiting(sandbox)
@@ -129,20 +126,19 @@ def test_signal_ends_the_waiting(sandbox, signum, code):
     assert not test.has_begun
     assert list(sandbox.lock_dir.iterdir()) == [lock]
     holding.end()
-    assert finish(holder)[0] == 0
+    assert finish(job_ahead)[0] == 0
     set_timeout(sandbox, 0)
     assert_runs(sandbox, "next")
 
 
-def test_nobody_can_judge_stops_the_waiting(sandbox):
-    holding = sandbox.vt_test("holder")
-    holder = start(sandbox, holding)
+def test_nobody_can_judge_stops_the_waiting(sandbox, holder):
+    job_ahead, holding = holder
     set_timeout(sandbox, -1)
     job, test, printed = start_waiting(sandbox)
     odd = sandbox.lock_dir / f"avocado-vt-joblock-{1:040x}-0-00000001.pid"
     odd.touch()
     holding.end()
-    assert finish(holder)[0] == 0
+    assert finish(job_ahead)[0] == 0
     assert finish(job)[0] == 2
     assert f"cannot tell whether a job still holds {odd}" in printed.read_text()
     assert not test.has_begun
@@ -156,15 +152,14 @@ def test_bad_directory_stops_at_once(sandbox):
     assert "does not exist" in assert_refused(sandbox.run(test), test)
 
 
-def test_five_wait_and_each_has_its_turn(sandbox):
-    holding = sandbox.vt_test("holder")
-    holder = start(sandbox, holding)
+def test_five_wait_and_each_has_its_turn(sandbox, holder):
+    job_ahead, holding = holder
     set_timeout(sandbox, 100)
     waiting = [start_waiting(sandbox, f"waiting{number}") for number in range(5)]
     # They are nobody's obstacle: a job that does not wait has only the holder in its way.
     assert len(list(sandbox.lock_dir.iterdir())) == 1
     holding.end()
-    assert finish(holder)[0] == 0
+    assert finish(job_ahead)[0] == 0
     for job, _, printed in waiting:
         assert finish(job)[0] == 0, printed.read_text()
     spans = sorted([when for _, when in test.notes()] for _, test, _ in waiting)
@@ -174,11 +169,10 @@ def test_five_wait_and_each_has_its_turn(sandbox):
 
 
 @needs_recipes
-def test_has_its_turn_among_jobs_that_do_not_wait(sandbox):
+def test_has_its_turn_among_jobs_that_do_not_wait(sandbox, holder):
     """Three users try again and again, without waiting."""
     loop = "while ! test -e {stop}; do {python} -m avocado run --disable-sysinfo -- {test}; done"
-    holding = sandbox.vt_test("holder")
-    holder = start(sandbox, holding)
+    job_ahead, holding = holder
     stop = sandbox.root / "stop"
     loops = []
     for number in range(3):
@@ -193,12 +187,12 @@ def test_has_its_turn_among_jobs_that_do_not_wait(sandbox):
     command = ("--config", config, "run", "--disable-sysinfo", "--", patient.recipe)
     job = sandbox.avocado(*command)
     holding.end()
-    assert finish(holder)[0] == 0
+    assert finish(job_ahead)[0] == 0
     assert finish(job)[0] == 0
     assert patient.has_begun
     stop.touch()
     for process in loops:
-        process.wait()
+        finish(process)
 
 
 @needs_other_users
@@ -230,15 +224,15 @@ sys.exit(job_api.main(*sys.argv[1:]))
 """
 
 
-def test_says_now_and_then_that_it_still_waits(sandbox):
-    holding = sandbox.vt_test("holder")
-    holder = start(sandbox, holding)
-    set_timeout(sandbox, 4)
-    test = sandbox.vt_test("waiting")
-    words = [sys.executable, "-c", IMPATIENT_REMINDER, HERE, "{}", test.recipe]
-    text = assert_refused(sandbox.popen(*words), test)
-    assert 2 <= len(re.findall(r"^Still waiting until .*, after 0:00:0\d\.$", text, re.M)) <= 4
-    assert text.count("another job holds the lock") == 2
-    assert LOCK_GLOB.partition("*")[0] in text
+def test_says_now_and_then_that_it_still_waits(sandbox, holder):
+    job_ahead, holding = holder
+    set_timeout(sandbox, -1)
+    impatient = [sys.executable, "-c", IMPATIENT_REMINDER, HERE, "{}"]
+    job, _, printed = start_waiting(sandbox, command=impatient)
+    still = r"^Still waiting for as long as it takes, after \d:\d\d:\d\d\.$"
+    wait_for(lambda: len(re.findall(still, printed.read_text(), re.MULTILINE)) > 2, job)
     holding.end()
-    assert finish(holder)[0] == 0
+    assert finish(job_ahead)[0] == 0
+    assert finish(job)[0] == 0
+    # Whose lock it is has not changed, and is not told again.
+    assert printed.read_text().count("another job holds the lock") == 1

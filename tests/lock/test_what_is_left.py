@@ -28,7 +28,7 @@ from needs import (
     needs_pid_namespaces,
 )
 from sandbox import run_as
-from system_calls import count
+from system_calls import count, intercepted
 
 from avocado_vt_joblock.lock import LockHeldError, LockUnknownError
 
@@ -359,6 +359,23 @@ def test_process_that_is_another_one_at_each_look(directory, new_lock, rounds, t
             chain.stdout.read()
     new_lock().acquire()
     assert not path.exists()
+
+
+def test_process_that_the_first_listing_misses(directory, new_lock, start):
+    """PIDs start again from the lowest one day, just when one forks and ends."""
+    path = leave_stale_lock(directory)
+    forked = start(env=mark_of(path))
+    listings = []
+
+    def hook(name, call):
+        if name != "listdir":
+            return call()
+        listings.append([pid for pid in call() if listings or pid != str(forked.pid)])
+        return listings[-1]
+
+    with intercepted(hook):
+        holder = refused(new_lock())
+    assert pids(holder) == [forked.pid]
 
 
 def test_one_pass_whatever_the_number_of_stale_locks(directory, new_lock):
