@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 END_TIMEOUT = 5.0
 #: How often a job that waits for the lock says so, in seconds.
 REMINDER_INTERVAL = 300.0
-#: How many processes are described, and how many characters of the command line of each.
+#: How many processes are described, and how many characters of the command line of each: long paths
+#: shall not hide that it is a test's.
 PROCESS_LIMIT = 20
-COMMAND_LIMIT = 100
+COMMAND_LIMIT = 160
 #: What ``avocado.core.exit_codes.AVOCADO_JOB_INTERRUPTED`` is.
 JOB_INTERRUPTED = 8
 
