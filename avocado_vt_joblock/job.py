@@ -123,14 +123,14 @@ def explain(error: BaseException, job: Job) -> str:
     :param job: the job
     """
     if isinstance(error, LockHeldError):
-        waited = f"waited for {_duration(error.waited)} in vain: " if error.waited else ""
+        waited = f"out of time after {_duration(error.waited)}: " if error.waited else ""
         return f"{waited}{_describe(error.holder)}{_remedy(error)}"
     if isinstance(error, LockUnknownError):
         owner = _user(error.holder.uid)
         who = owner if owner == "root" else f"{owner} or root"
         return (
             f"{error}.\nIts owner is {owner}. If no job, test or guest of {owner} runs any more "
-            f"(pgrep -u {owner} -af 'task-run|qemu'),\nthen {who} can remove it:\n"
+            f"(pgrep -u {owner} -af 'avocado|qemu'),\nthen {who} can remove it:\n"
             f"    rm {error.holder.path}"
         )
     if isinstance(error, TimeoutSettingError):
@@ -277,13 +277,22 @@ def _list(processes: Sequence[Process]) -> str:
 
 
 def _advice(processes: Sequence[Process], uid: int | None) -> str:
+    """Tell what to do about what is left of a user's job."""
     pids = " ".join(str(process.pid) for process in processes)
     who = "root" if uid == 0 else f"{_user(uid)} or root"
-    return (
-        "They may be cleaning up and restoring images: wait some minutes. A guest alone does not "
-        f"end by itself.\nIf they hang, {who} can end them, and has to check the images then:\n"
-        f"    kill {pids}"
-    )
+    if any(process.is_test for process in processes):
+        advice = (
+            "A test is among them. It may be cleaning up and restoring images: wait some minutes.\n"
+            f"If it hangs, {who} can end them all, and has to check the images then:\n"
+        )
+    else:
+        advice = (
+            "No test is among them that could end a guest and restore images.\n"
+            f"What is still there in a minute, {who} has to end, and to check the images then:\n"
+        )
+    if os.geteuid() not in (0, uid):
+        advice = f"There may be guests, too, that only {who} can see.\n{advice}"
+    return f"{advice}    kill {pids}"
 
 
 def _printable(text: str) -> str:
@@ -323,6 +332,9 @@ def _duration(seconds: float) -> str:
 
 def _where_to_change(option: str) -> str:
     section, _, key = option.rpartition(".")
+    # As Avocado chooses the file of a user, which may not be there yet.
+    home = os.environ.get("VIRTUAL_ENV", "~")
     return (
-        f"Change {key} in section [{section}] of one of the config files that avocado config lists."
+        f"Set {key} in section [{section}] of {home}/.config/avocado/avocado.conf. Only a file of "
+        "--config and a program that uses the Job API win over that."
     )

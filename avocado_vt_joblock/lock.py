@@ -97,6 +97,8 @@ _ABOUT_DIRECTORY = frozenset(
         errno.EACCES,
         errno.EDQUOT,
         errno.EIO,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
         errno.ENOENT,
         errno.ENOSPC,
         errno.ENOTDIR,
@@ -311,7 +313,7 @@ class JobLock:
         found: dict[Verdict, list[Judgement]] = {verdict: [] for verdict in Verdict}
         for judgement in judge(paths, dir_fd):
             found[judgement.verdict].append(judgement)
-        self._pass_over(found[Verdict.NO_LOCK])
+        self._ignore(found[Verdict.NO_LOCK])
         self._remove(found[Verdict.STALE], dir_fd)
         # What does not end by itself comes first: nobody shall wait and then be stopped by it.
         for judgement in found[Verdict.UNKNOWN]:
@@ -319,11 +321,11 @@ class JobLock:
         for judgement in found[Verdict.LIVE]:
             raise LockHeldError(judgement.holder)
 
-    def _pass_over(self, strange: list[Judgement]) -> None:
+    def _ignore(self, strange: list[Judgement]) -> None:
         if strange:
             LOG.warning(
-                "Passed over %d in %s that are named like a lock, but are no regular files, so "
-                "that no job made them. One is %s.",
+                "Ignored %d in %s that are named like a lock, but are no regular files, so that no "
+                "job made them. Find out who did, and remove them. One is %s.",
                 len(strange),
                 self._directory,
                 strange[0].holder.path,
@@ -339,8 +341,9 @@ class JobLock:
             except OSError as error:
                 if not is_gone(error):
                     LOG.warning(
-                        "The stale lock file %s could not be removed: %s. It stops nobody, and its "
-                        "owner's next job will remove it.",
+                        "The stale lock file %s could not be removed: %s. It does not stop this "
+                        "job. Its owner's next job removes it, unless guests still run that only "
+                        "the owner and root can see.",
                         path,
                         error.strerror,
                     )

@@ -57,7 +57,7 @@ class Verdict(enum.Enum):
     UNKNOWN = enum.auto()
     #: It is no longer there.
     GONE = enum.auto()
-    #: It is no regular file, so no job made it: it is passed over.
+    #: It is no regular file, so no job made it: it is ignored.
     NO_LOCK = enum.auto()
 
 

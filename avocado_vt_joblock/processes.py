@@ -42,6 +42,8 @@ class Process(NamedTuple):
     command: str
     #: When it started, in clock ticks since the system did.
     started: int
+    #: Whether it runs a test, by its command line.
+    is_test: bool
 
     def is_running(self) -> bool:
         """Tell whether it still runs; another process that has its PID now is another one."""
@@ -143,23 +145,16 @@ class _Look(NamedTuple):
 
     environ: bytes | None
     words: list[bytes] | None
+    #: The id of the job whose test it runs, if it does.
+    test_of: str | None = None
     #: The process and its real user id, where it may be of a job.
-    process: Process | None
-    user: int | None
+    process: Process | None = None
+    user: int | None = None
 
     @property
     def is_bare(self) -> bool:
         """Whether there is nothing to be seen where something could be."""
         return not self.environ and (self.environ is not None or self.words == [])
-
-    @property
-    def test_of(self) -> str | None:
-        """The id of the job whose test it runs, by the command line that Avocado gives a runner."""
-        words = self.words or []
-        try:
-            return job_key(os.fsdecode(words[words.index(b"-j", words.index(b"task-run")) + 1]))
-        except (ValueError, IndexError):
-            return None
 
 
 def _looks() -> Iterator[_Look]:
@@ -223,15 +218,25 @@ def _look_at(pid: str) -> _Look | None:
             place = f"{pid}/task/{thread}"
             environ, command = _read(place, "environ"), _read(place, "cmdline")
     words = None if command is None else command.split(b"\0")[:-1]
+    test_of = _test_of(words or [])
     bare = not environ and words == []
-    if not bare and _MARK.encode() not in (environ or b"") and b"task-run" not in (words or []):
-        return _Look(environ, words, None, None)
+    if not bare and not test_of and _MARK.encode() not in (environ or b""):
+        return _Look(environ, words)
     # What ends while this is read counts as ended, not as seen.
     stat = _stat(int(pid))
     if stat.has_ended:
         raise ProcessLookupError
     text = os.fsdecode(b" ".join(words or [])) or f"[{stat.name}]"
-    return _Look(environ, words, Process(int(pid), text, stat.started), _user(pid))
+    process = Process(int(pid), text, stat.started, is_test=test_of is not None)
+    return _Look(environ, words, test_of, process, _user(pid))
+
+
+def _test_of(words: list[bytes]) -> str | None:
+    """Find the id of the job whose test a command line of Avocado runs."""
+    try:
+        return job_key(os.fsdecode(words[words.index(b"-j", words.index(b"task-run")) + 1]))
+    except (ValueError, IndexError):
+        return None
 
 
 def _is_of(job: Traces, look: _Look) -> bool:
@@ -239,16 +244,15 @@ def _is_of(job: Traces, look: _Look) -> bool:
         # It is held up in an exec or at its end, and nobody can tell what it is.
         return look.user in job.uids
     marks = _marks(look.environ or b"")
-    test_of = look.test_of
     if job.mark not in marks:
         # Whose environment is not to be seen is known by its command line.
-        is_of = test_of == job.job_id and not marks
-    elif test_of in (None, job.job_id):
+        is_of = look.test_of == job.job_id and not marks
+    elif not look.test_of or look.test_of == job.job_id:
         is_of = True
     else:
         # Jobs at the same time in one process share its marks: this may be a test of another one.
         siblings = [name for name, holder in marks.items() if holder == marks[job.mark]]
-        is_of = not any(test_of in name for name in siblings)
+        is_of = not any(look.test_of in name for name in siblings)
     return is_of and look.user in {*job.uids, 0}
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from needs import needs_avocado_vt, needs_recipes
+from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
 from sandbox import (
     HERE,
     assert_refused,
@@ -127,6 +127,7 @@ def test_nobody_else_runs_until_all_of_a_job_has_ended(sandbox, ending):
             assert re.search(rf"^ +{pid}  \S", text, re.MULTILINE), text
         test.end()
         wait_for(lambda: list(sandbox.living()) == [test.guest])
+    assert "\nNo test is among them" in text
     (advice,) = re.findall(r"^    (kill [\d ]+)$", text, re.MULTILINE)
     assert test.guest in map(int, advice.split()[1:])
     killed(test.guest)
@@ -225,6 +226,30 @@ def test_killed_job_of_which_nothing_is_left(sandbox):
         assert alarm not in text.lower()
     log = (sandbox.home / "avocado/job-results/latest/job.log").read_text()
     assert f"Removed 1 stale lock(s) from {sandbox.lock_dir}." in log
+
+
+@needs_other_users
+def test_other_user_is_told_what_is_not_to_be_seen(sandboxes):
+    one, other = sandboxes(), sandboxes()
+    one.lock_dir.chmod(0o1777)
+    test, following = one.vt_test("test", guest=True), other.vt_test("following")
+    other.configure(f"[plugins.vtjoblock]\ndir = {one.lock_dir}\n")
+    one.belong_to(SOME_USER)
+    other.belong_to(SOME_USER + 1)
+    job = start(one, test)
+    job.kill()
+    job.wait()
+    text = assert_refused(other.run(following), following)
+    assert "\nA test is among them" in text
+    assert f"\nThere may be guests, too, that only {SOME_USER} or root can see.\n" in text
+    assert not re.search(rf"\b{test.guest}\b", text)
+    test.end()
+    wait_for(lambda: list(one.living()) == [test.guest])
+    following.end()
+    code, text = finish(other.run(following))
+    assert code == 0, text
+    # A limit that the manual tells.
+    assert "unless guests still run that only the owner and root can see." in text
 
 
 @needs_recipes

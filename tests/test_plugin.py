@@ -237,16 +237,36 @@ def test_home_is_expanded(sandbox):
         ("locks", "is not an absolute path"),
         ("~nobody-of-this-name/locks", "is not an absolute path"),
         ("", "no lock directory is set"),
+        ("/" + "x" * 300, "cannot be opened"),
+        ("{root}/loop", "cannot be opened"),
     ],
 )
 def test_bad_setting_stops_the_job(sandbox, value, complaint):
+    (sandbox.root / "loop").symlink_to("loop")
+    value = value.format(root=sandbox.root)
     sandbox.configure(f"[plugins.vtjoblock]\ndir = {value}\n")
     test = sandbox.vt_test("test")
     test.end()
     text = assert_refused(sandbox.run(test), test)
     assert complaint in text
     assert f"plugins.vtjoblock.dir = {value!r}" in text
+    assert "Set dir in section [plugins.vtjoblock] of ~/.config/avocado/avocado.conf." in text
     assert not os.path.lexists("/nonexistent")
+
+
+def test_advice_in_an_activated_environment(sandbox):
+    """Avocado reads another file there: the one that the message names."""
+    environment = {**sandbox.environment, "VIRTUAL_ENV": str(sandbox.root / "activated")}
+    config = sandbox.root / "activated/.config/avocado/avocado.conf"
+    config.parent.mkdir(parents=True)
+    config.write_text("[plugins.vtjoblock]\ndir = /nonexistent\n")
+    test = sandbox.vt_test("test")
+    text = assert_refused(sandbox.run(test, env=environment), test)
+    assert f"Set dir in section [plugins.vtjoblock] of {config}." in text
+    config.write_text(f"[plugins.vtjoblock]\ndir = {sandbox.lock_dir}\n")
+    test.end()
+    code, text = finish(sandbox.run(test, env=environment))
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("value", ["soon", "", "-2", "nan", "inf", "1 h", "1e999"])
@@ -258,7 +278,7 @@ def test_bad_timeout_stops_the_job(sandbox, value):
     text = assert_refused(sandbox.run(test), test)
     assert f"plugins.vtjoblock.timeout = {value!r} is not a time to wait" in text
     assert "-1 to wait for as long as it takes" in text
-    assert "Change timeout in section [plugins.vtjoblock]" in text
+    assert "Set timeout in section [plugins.vtjoblock]" in text
     assert list(sandbox.lock_dir.iterdir()) == []
 
 
