@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pwd
+import shlex
 import sys
 import time
 import weakref
@@ -91,7 +92,7 @@ class LockedJob:
                 break
             except LockHeldError as error:
                 if time.monotonic() >= deadline:
-                    error.waited = time.monotonic() - started if told else 0
+                    error.waited = time.monotonic() - started if self._timeout else 0
                     raise
                 holder: Holder | None = error.holder
             while holder and (remaining := deadline - time.monotonic()) > 0:
@@ -131,7 +132,7 @@ def explain(error: BaseException, job: Job) -> str:
         return (
             f"{error}.\nIts owner is {owner}. If no job, test or guest of {owner} runs any more "
             f"(pgrep -u {owner} -af 'avocado|qemu'),\nthen {who} can remove it:\n"
-            f"    rm {error.holder.path}"
+            f"    rm {shlex.quote(error.holder.path)}"
         )
     if isinstance(error, TimeoutSettingError):
         return f"{error}\n{_where_to_change(TIMEOUT)}"
@@ -202,7 +203,8 @@ def _release_or_leave(lock: JobLock, timeout: float) -> None:
         if left is None:
             LOG.warning(
                 "/proc does not show whether tests or guests of the job still run. So its lock "
-                "file stays: %s. Remove it when nothing of the job runs any more.",
+                "file stays: %s. The next job looks again, and says what to do if that does not "
+                "help.",
                 lock.path,
             )
         elif left:
@@ -223,6 +225,7 @@ def _release_or_leave(lock: JobLock, timeout: float) -> None:
 
 def _wait_for_the_rest(lock: JobLock, timeout: float) -> list[Process] | None:
     deadline = time.monotonic() + timeout
+    left = None
     with contextlib.suppress(KeyboardInterrupt):
         left = lock.left_behind()
         if left and timeout:
@@ -232,13 +235,14 @@ def _wait_for_the_rest(lock: JobLock, timeout: float) -> list[Process] | None:
                 len(left),
                 timeout,
             )
-        while left and time.monotonic() < deadline:
+        while left != [] and time.monotonic() < deadline:
             time.sleep(0.1)
-            if not any(process.is_running() for process in left):
+            if left is None or not any(process.is_running() for process in left):
                 left = lock.left_behind()
-        if not left:
-            return left
-    return lock.left_behind()
+    if left:
+        with contextlib.suppress(KeyboardInterrupt):
+            left = lock.left_behind()
+    return left
 
 
 def _describe(holder: Holder) -> str:

@@ -23,6 +23,7 @@ import logging
 import os
 import pwd
 import random
+import shlex
 import stat
 import time
 import weakref
@@ -177,20 +178,18 @@ class JobLock:
         :return: whose it is now; None where it is worth an attempt to take the lock
         """
         deadline = time.monotonic() + timeout
-        while (now := look_again(holder)) == holder:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                break
+        while True:
             # By chance, so that those who wait on several hosts do not always meet.
-            time.sleep(min(remaining, POLL_INTERVAL * random.uniform(0.5, 1)))
-        return now
+            pause = POLL_INTERVAL * random.uniform(0.5, 1)
+            time.sleep(max(0, min(pause, deadline - time.monotonic())))
+            now = look_again(holder)
+            if now != holder or time.monotonic() >= deadline:
+                return now
 
     def left_behind(self) -> list[Process] | None:
         """Find what this job has started and still runs; None where that cannot be seen."""
-        try:
-            return left_of([traces(self.path, os.geteuid())])[0]
-        except OSError:
-            return None
+        (left,) = left_of([traces(self.path, os.geteuid())])
+        return left.processes or (None if left.unseen else [])
 
     def release(self) -> None:
         """Remove the lock file; without the lock, do nothing.
@@ -251,7 +250,7 @@ class JobLock:
                 "Others may write in the lock directory %s and, since it has no sticky bit, remove "
                 "the lock while the job runs. Prevent that: chmod +t %s",
                 self._directory,
-                self._directory,
+                shlex.quote(self._directory),
             )
         return self._dir_fd
 

@@ -174,22 +174,22 @@ def judge(paths: Sequence[str], dir_fd: int) -> list[Judgement]:
     ended = [this.holder for this in judgements if this.verdict is Verdict.STALE]
     if not ended:
         return judgements
-    reason = "its process has ended, but /proc does not show whether tests or guests still run"
-    try:
-        left = left_of([traces(holder.path, holder.uid) for holder in ended])
-    except OSError as error:
-        left = [None] * len(ended)
-        reason += f" ({error.strerror})"
-    left_by_path = {holder.path: processes for holder, processes in zip(ended, left)}
+    found = left_of([traces(holder.path, holder.uid) for holder in ended])
+    left_by_path = {holder.path: left for holder, left in zip(ended, found)}
 
     def with_processes(this: Judgement) -> Judgement:
         if this.verdict is not Verdict.STALE:
             return this
-        processes = left_by_path[this.holder.path]
-        if processes is None:
-            return Judgement(Verdict.UNKNOWN, this.holder, reason)
-        if processes:
-            return Judgement(Verdict.LIVE, this.holder._replace(processes=tuple(processes)))
+        left = left_by_path[this.holder.path]
+        if left.processes:
+            return Judgement(Verdict.LIVE, this.holder._replace(processes=tuple(left.processes)))
+        if left.unseen:
+            return Judgement(
+                Verdict.UNKNOWN,
+                this.holder,
+                "its process has ended, but /proc does not show whether tests or guests still run "
+                f"({left.unseen})",
+            )
         return this
 
     return [with_processes(this) for this in judgements]
@@ -220,6 +220,9 @@ def _judge_file(path: str, dir_fd: int | None, deadline: float) -> Judgement:
             is_held = has_kernel_lock(fd)
             status = os.fstat(fd)
             text = os.read(fd, _CONTENT_LIMIT)
+        if not status.st_nlink:
+            # It was released meanwhile.
+            return Judgement(Verdict.GONE, holder)
     except OSError as error:
         if is_gone(error):
             return Judgement(Verdict.GONE, holder)

@@ -9,11 +9,12 @@ read, names the job as well.
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import hashlib
-import itertools
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from typing import NamedTuple
 CLOCK_SLACK = 10.0
 #: How long to look again and again at processes that come and go, in seconds.
 SETTLE_TIMEOUT = 3.0
+#: How long to look at all processes: one that hangs may hold up whoever looks at it.
+LOOK_TIMEOUT = 5.0
 #: How often to look before it is believed that a process has no environment, and how long to wait
 #: in between, in seconds.
 BARE_LOOKS = 3
@@ -32,6 +35,17 @@ _JOB_ID = re.compile(r"[0-9a-f]{40}")
 # The flag PF_KTHREAD and the states of what has ended, of proc_pid_stat(5).
 _KERNEL_THREAD = 0x00200000
 _ENDED = ("Z", "X")
+#: Tells this process from others; a PID is used again, in a container for example.
+_this_process = ""
+
+
+def _name_this_process() -> None:
+    global _this_process
+    _this_process = os.urandom(4).hex()
+
+
+_name_this_process()
+os.register_at_fork(after_in_child=_name_this_process)
 
 
 class Process(NamedTuple):
@@ -65,6 +79,14 @@ class Traces(NamedTuple):
     uids: frozenset[int]
 
 
+class Left(NamedTuple):
+    """What was found of a job."""
+
+    processes: list[Process]
+    #: Why there may be others; empty where all could be seen.
+    unseen: str
+
+
 def job_key(job_id: str) -> str:
     """Make 40 hexadecimal digits of a job id: of one that is no such number its SHA-1."""
     key = job_id.lower()
@@ -80,7 +102,7 @@ def mark(path: str) -> str:
     :return: the environment variable, for :func:`unmark`
     """
     # One for each mark, since a process may have several jobs, one after the other or in threads.
-    variable = f"{_MARK}{os.getpid()}_{os.urandom(4).hex()}"
+    variable = f"{_MARK}{_this_process}_{os.urandom(4).hex()}"
     os.environ[variable] = path
     return variable
 
@@ -90,24 +112,23 @@ def unmark(variable: str) -> None:
     os.environ.pop(variable, None)
 
 
-def left_of(jobs: Sequence[Traces]) -> list[list[Process] | None]:
+def left_of(jobs: Sequence[Traces]) -> list[Left]:
     """Find the processes of jobs in one pass over ``/proc``; this process does not count.
 
     :param jobs: what to look for
-    :return: for each job its processes; None where those of its users cannot be seen
-    :raises OSError: when ``/proc`` does not even show this process, or is never at rest
     """
-    found: list[list[Process]] = [[] for _ in jobs]
-    sees_others = os.geteuid() == 0
-    for look in _looks():
-        sees_others = sees_others or (look.environ is None and look.words is not None)
-        for job, processes in zip(jobs, found):
-            if look.process and _is_of(job, look):
-                processes.append(look.process)
-    return [
-        sorted(processes) if processes or sees_others or os.geteuid() in job.uids else None
-        for job, processes in zip(jobs, found)
-    ]
+    search = _Search(jobs)
+    # In a thread, to leave it behind where the kernel does not answer: who reads the environment of
+    # a process waits while its memory is changed, and that may wait for storage that is dead.
+    thread = threading.Thread(target=search.run, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        # There are no new threads at the end of the interpreter.
+        search.run()
+    else:
+        thread.join(LOOK_TIMEOUT)
+    return search.result()
 
 
 def may_have_written(pid: int, when: float) -> bool:
@@ -157,49 +178,97 @@ class _Look(NamedTuple):
         return not self.environ and (self.environ is not None or self.words == [])
 
 
-def _looks() -> Iterator[_Look]:
-    """Look at each process but this one, until a round in which none ended and none changed.
+class _Search:
+    """A pass over ``/proc`` for processes of jobs, as far as it has got."""
 
-    What ended before it was looked at may have forked one that a later round shows. One round is
-    never enough: where PIDs start again from the lowest, it may miss one that forks and ends. In
-    the middle of an exec a process has neither environment nor command line for a moment; one that
-    has none for long, at its end for example, comes last.
+    def __init__(self, jobs: Sequence[Traces]) -> None:
+        self._jobs = jobs
+        self._found: list[list[Process]] = [[] for _ in jobs]
+        self._sees_others = os.geteuid() == 0
+        self._looked_at = ""
+        self._is_done = False
+        self._problem = ""
 
-    :raises OSError: when there is no such round in time
-    """
-    # Not getpid(): this /proc may show another PID namespace.
-    done = {os.readlink("/proc/self")}
-    times_bare: collections.Counter[str] = collections.Counter()
-    deadline = time.monotonic() + SETTLE_TIMEOUT
-    for rounds in itertools.count(1):
-        ended = False
-        bare = {}
-        for pid in [name for name in os.listdir("/proc") if name.isdigit() and name not in done]:
-            try:
-                look = _look_at(pid)
-            except (FileNotFoundError, ProcessLookupError):
-                ended = True
-                done.add(pid)
-                continue
-            if look and look.is_bare:
-                times_bare[pid] += 1
-                # What has a command line has an empty environment indeed.
-                if not look.words or times_bare[pid] < BARE_LOOKS:
-                    bare[pid] = look
+    def run(self) -> None:
+        """Search; what goes wrong is part of the result."""
+        try:
+            for look in self._looks():
+                self._sees_others |= look.environ is None and look.words is not None
+                for job, processes in zip(self._jobs, self._found):
+                    if look.process and _is_of(job, look):
+                        processes.append(look.process)
+        except OSError as error:
+            self._problem = str(error.strerror)
+        except Exception as error:
+            self._problem = repr(error)
+        self._is_done = True
+
+    def result(self) -> list[Left]:
+        """Tell what has been found up to now."""
+        problem = self._problem
+        if not self._is_done:
+            problem = f"process {self._looked_at} hangs, and all who look at it"
+        left = []
+        for job, found in zip(self._jobs, self._found):
+            processes = sorted(found)
+            unseen = problem
+            if problem:
+                # Some may have ended long ago.
+                processes = [process for process in processes if process.is_running()]
+            elif not self._sees_others and os.geteuid() not in job.uids:
+                unseen = "it hides the processes of other users"
+            left.append(Left(processes, unseen))
+        return left
+
+    def _looks(self) -> Iterator[_Look]:
+        """Look at each process but this one, until two rounds in which none ended and none changed.
+
+        What ended before it was looked at may have forked one that a later round shows. One round
+        is not enough: a listing goes from the lowest PID to the highest, so it misses what ends and
+        has forked one with a lower PID, since PIDs start again one day. In the middle of an exec a
+        process has neither environment nor command line for a moment; one that has none for long,
+        at its end for example, comes last.
+
+        :raises OSError: when ``/proc`` does not even show this process, or is never at rest
+        """
+        # Not getpid(): this /proc may show another PID namespace.
+        done = {os.readlink("/proc/self")}
+        times_bare: collections.Counter[str] = collections.Counter()
+        deadline = time.monotonic() + SETTLE_TIMEOUT
+        quiet_rounds = 0
+        while quiet_rounds < 2:
+            ended = False
+            bare = {}
+            there = [name for name in os.listdir("/proc") if name.isdigit()]
+            done.intersection_update(there)
+            for pid in [pid for pid in there if pid not in done]:
+                self._looked_at = pid
+                try:
+                    look = _look_at(pid)
+                except (FileNotFoundError, ProcessLookupError):
+                    ended = True
+                    done.add(pid)
                     continue
-            done.add(pid)
-            if look:
-                yield look
-        if rounds > 1:
+                if look and look.is_bare:
+                    times_bare[pid] += 1
+                    # What has a command line has an empty environment indeed.
+                    if not look.words or times_bare[pid] < BARE_LOOKS:
+                        bare[pid] = look
+                        continue
+                done.add(pid)
+                if look:
+                    yield look
             if not ended and not bare:
-                return
+                quiet_rounds += 1
+                continue
+            quiet_rounds = 0
             if time.monotonic() > deadline:
                 break
-        if bare and not ended:
-            time.sleep(PAUSE)
-    if ended or min(times_bare[pid] for pid in bare) < BARE_LOOKS:
-        raise OSError(errno.EAGAIN, "processes come and go too fast")
-    yield from bare.values()
+            if not ended:
+                time.sleep(PAUSE)
+        if ended or any(times_bare[pid] < BARE_LOOKS for pid in bare):
+            raise OSError(errno.EAGAIN, "processes come and go too fast")
+        yield from bare.values()
 
 
 def _look_at(pid: str) -> _Look | None:
@@ -214,9 +283,7 @@ def _look_at(pid: str) -> _Look | None:
         if stat.flags & _KERNEL_THREAD:
             return None
         if stat.state in _ENDED and not stat.has_ended:
-            thread = next(tid for tid in os.listdir(f"/proc/{pid}/task") if tid != pid)
-            place = f"{pid}/task/{thread}"
-            environ, command = _read(place, "environ"), _read(place, "cmdline")
+            environ, command = _read_of_threads(pid)
     words = None if command is None else command.split(b"\0")[:-1]
     test_of = _test_of(words or [])
     bare = not environ and words == []
@@ -229,6 +296,22 @@ def _look_at(pid: str) -> _Look | None:
     text = os.fsdecode(b" ".join(words or [])) or f"[{stat.name}]"
     process = Process(int(pid), text, stat.started, is_test=test_of is not None)
     return _Look(environ, words, test_of, process, _user(pid))
+
+
+def _read_of_threads(pid: str) -> tuple[bytes | None, bytes | None]:
+    """Read environment and command line of a process whose first thread has ended.
+
+    Its other threads come and go as well; empty is what no thread shows.
+    """
+    environ: bytes | None = b""
+    command: bytes | None = b""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError):
+            place = f"{pid}/task/{thread}"
+            environ, command = _read(place, "environ"), _read(place, "cmdline")
+            if environ or command:
+                break
+    return environ, command
 
 
 def _test_of(words: list[bytes]) -> str | None:
@@ -257,12 +340,12 @@ def _is_of(job: Traces, look: _Look) -> bool:
 
 
 def _marks(environ: bytes) -> dict[str, str]:
-    """The last parts of what a process is marked with, each with the PID of who set that mark."""
+    """The last parts of what a process is marked with, each with the process that marked it."""
     marks = {}
     for entry in os.fsdecode(environ).split("\0"):
         if entry.startswith(_MARK):
             variable, _, path = entry.partition("=")
-            marks[path.rpartition("/")[2]] = variable[len(_MARK) :].partition("_")[0]
+            marks[path.rpartition("/")[2]] = variable.rpartition("_")[0]
     return marks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,17 @@ def run(*command: str | Path, **variables: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={"PIP_CACHE_DIR": str(PROJECT / ".cache/pip"), **os.environ, **variables},
+        env={**_environment(), **variables},
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    """The environment variables, but those that have pip or Python work in another way."""
+    strange = re.compile(r"PYTHON|PIP_(USER|TARGET|PREFIX|ROOT|REQUIRE|NO_DEPS|CONSTRAINT|PYTHON)")
+    kept = {name: value for name, value in os.environ.items() if not strange.match(name)}
+    return {"PIP_CACHE_DIR": str(PROJECT / ".cache/pip"), **kept}
 
 
 def build(directory: Path) -> tuple[list[Path], str]:

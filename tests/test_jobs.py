@@ -49,6 +49,7 @@ def test_next_job_runs_after_an_end_at_any_moment(sandbox, rounds, signum):
             except subprocess.TimeoutExpired:
                 os.killpg(job.pid, signum)
             wait = 2
+        test.end()
         wait_for(lambda: not sandbox.living())
         following = sandbox.vt_test(f"following{number}")
         following.end()

@@ -328,6 +328,19 @@ def test_lock_of_another_user_that_nobody_can_judge(sandboxes):
     assert "plugins.vtjoblock.dir" not in text
 
 
+def test_lock_that_nobody_can_judge_is_removed_as_advised(sandbox):
+    sandbox.lock_dir = sandbox.root / "two words"
+    sandbox.lock_dir.mkdir()
+    sandbox.configure(f"[plugins.vtjoblock]\ndir={sandbox.lock_dir}\n")
+    lock = sandbox.lock_dir / f"avocado-vt-joblock-{1:040x}-0-00000001.pid"
+    lock.touch()
+    test = sandbox.vt_test("test")
+    text = assert_refused(sandbox.run(test), test)
+    (advice,) = re.findall(r"^    (rm .*)$", text, re.MULTILINE)
+    finish(sandbox.popen("sh", "-c", advice))
+    assert_runs(sandbox, "next")
+
+
 @pytest.mark.parametrize("value", [None, 7, "\0", ["/tmp"]])
 def test_bad_value_of_a_caller_stops_the_job(sandbox, value):
     test = sandbox.vt_test("test")

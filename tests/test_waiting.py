@@ -1,5 +1,6 @@
 """Real jobs that wait for their turn."""
 
+import fcntl
 import os
 import re
 import signal
@@ -89,15 +90,21 @@ def test_waits_for_what_is_left_of_a_killed_job(sandbox):
     assert list(sandbox.lock_dir.iterdir()) == []
 
 
-def test_out_of_time(sandbox, holder):
+@pytest.mark.parametrize("attempt", ["at once", "longer than that"])
+def test_out_of_time(sandbox, holder, attempt):
     job_ahead, _ = holder
-    set_timeout(sandbox, 1.5)
+    set_timeout(sandbox, 0.5)
+    directory = os.open(sandbox.lock_dir, os.O_RDONLY)
+    if attempt != "at once":
+        # It waits for the guard then.
+        fcntl.flock(directory, fcntl.LOCK_EX)
     test = sandbox.vt_test("waiting")
     text = assert_refused(sandbox.run(test), test)
     assert re.search(r"out of time after 0:\d\d:\d\d: another job holds the lock\.", text)
     assert f"PID:    {job_ahead.pid}" in text
     assert "set a longer plugins.vtjoblock.timeout." in text
     assert len(list(sandbox.lock_dir.iterdir())) == 1
+    os.close(directory)
 
 
 def test_0_does_not_wait(sandbox, holder):

@@ -17,9 +17,11 @@ import fcntl
 import functools
 import itertools
 import os
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import greenlet
 
@@ -145,6 +147,13 @@ class Run(NamedTuple):
     errors: list
 
 
+class _NoThread(threading.Thread):
+    """Cannot be started: an actor's steps are made in its own greenlet, so in one thread."""
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+
 class Actor(greenlet.greenlet):
     """Does something one system call at a time, each when it is told to."""
 
@@ -187,7 +196,7 @@ def run_schedule(whats, schedule, pids=()):
                 other.waits = other.waits and other is actor
         return [entry for entry in call() if entry in visible] if name == "listdir" else call()
 
-    with intercepted(hook):
+    with intercepted(hook), mock.patch.object(threading, "Thread", _NoThread):
         steps = []
         current = None
         looks_in_vain = 0

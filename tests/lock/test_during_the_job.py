@@ -68,6 +68,37 @@ def test_second_job_in_the_same_process(held, new_lock, warnings):
     assert warnings == []
 
 
+def test_released_while_somebody_looks_at_it(held, new_lock):
+    """Its file is open there already; what is left on purpose does not count."""
+    asked = []
+
+    def hook(name, call):
+        if name == "fcntl":
+            asked.append(call)
+            # After the kernel lock of its own.
+            if len(asked) == 2:
+                held.release()
+        return call()
+
+    other = new_lock()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE):
+        with intercepted(hook):
+            other.acquire()
+        assert other.held
+    assert not held.held
+
+
+def test_waiting_takes_time(held, new_lock):
+    """Whatever has changed: an attempt is dearer than a look."""
+    with pytest.raises(LockHeldError) as caught:
+        new_lock().acquire()
+    held.release()
+    answers = []
+    calls = count(lambda: answers.append(held.wait(caught.value.holder, timeout=60)))
+    assert calls[0] == "sleep"
+    assert answers == [None]
+
+
 def fork(what):
     """Call something in a child, and wait for its end, which is an orderly one."""
     child = os.fork()

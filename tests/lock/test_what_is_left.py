@@ -26,10 +26,12 @@ from needs import (
     needs_mount_namespaces,
     needs_other_users,
     needs_pid_namespaces,
+    needs_root,
 )
 from sandbox import run_as
 from system_calls import count, intercepted
 
+from avocado_vt_joblock import processes
 from avocado_vt_joblock.lock import LockHeldError, LockUnknownError
 
 JOB_ID = job_id(0xDEAD)
@@ -46,7 +48,8 @@ def start():
     def start(*words, script=WAIT, prefix=(), **options):
         command = [*prefix, sys.executable, "-c", script, *words]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        started.append(subprocess.Popen(command, **pipes, **options))
+        # Not in the checkout, whose package would be found first.
+        started.append(subprocess.Popen(command, cwd="/", **pipes, **options))
         started[-1].stdout.readline()
         return started[-1]
 
@@ -185,11 +188,33 @@ def test_jobs_of_one_process_at_the_same_time(directory, new_lock, tmp_path, sta
     assert [this.pid for this in locks[1].left_behind()] == [tests[1], nested, later]
 
 
-def test_test_of_a_job_that_a_test_runs(directory, new_lock, start):
-    outer, inner = leave_stale_lock(directory), directory / lock_path(directory, 1).name
-    environment = {**mark_of(outer), "AVOCADO_VT_JOBLOCK_2_00000000": str(inner)}
-    test = start("task-run", "-i", "1", "-j", job_id(1), env=environment)
-    assert pids(refused(new_lock())) == [test.pid]
+NESTED = """
+import os, sys
+from avocado_vt_joblock.processes import mark
+path, how, *command = sys.argv[1:]
+mark(path)
+if how == "forks":
+    if os.fork():
+        os.wait()
+        os._exit(0)
+    mark(command.pop(0))
+os.execv(command[0], command)
+"""
+
+
+@pytest.mark.parametrize("how", ["forks", "has the same PID"])
+def test_test_of_a_job_that_a_test_runs(directory, new_lock, start, how):
+    """It is marked by both jobs, and keeps the locks of both live."""
+    outer, inner = leave_stale_lock(directory), lock_path(directory, 1)
+    test = [sys.executable, "-c", WAIT, "task-run", "-i", "1", "-j", job_id(1)]
+    if how == "forks":
+        start(str(outer), how, str(inner), *test, script=NESTED)
+    else:
+        again = [sys.executable, "-c", NESTED, str(inner), "runs the test"]
+        start(str(outer), how, *again, *test, script=NESTED)
+    holder = refused(new_lock())
+    assert holder.path == str(outer)
+    assert [process.command for process in holder.processes] == [" ".join(test)]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +334,83 @@ def test_process_whose_first_thread_has_ended(directory, new_lock, start):
     assert not others.exists()
 
 
+@pytest.mark.parametrize("others_end", [False, True], ids=["one ends", "all end"])
+def test_threads_that_end_while_they_are_looked_at(directory, new_lock, start, others_end):
+    path = leave_stale_lock(directory)
+    started = start(env=mark_of(path), script=FIRST_THREAD_ENDS)
+    gone = str(dead_pid())
+
+    def hook(name, call):
+        if name == "listdir" and call.args[0].endswith("/task"):
+            return [gone] if others_end else [gone, *call()]
+        return call()
+
+    with intercepted(hook):
+        holder = refused(new_lock())
+    # Of its user is all that is known of it, if no thread is left to ask.
+    assert pids(holder) == [started.pid]
+
+
+HANGS = """
+import ctypes, mmap, os, sys, threading
+from pathlib import Path
+
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+size = ctypes.c_size_t(mmap.PAGESIZE)
+os.ftruncate(file, mmap.PAGESIZE)
+access = mmap.PROT_READ | mmap.PROT_WRITE
+page = ctypes.c_void_p(libc.mmap(None, size, access, mmap.MAP_SHARED, file, ctypes.c_long(0)))
+ctypes.string_at(page, 1)
+print(flush=True)
+sys.stdin.readline()
+write = threading.Thread(target=libc.memset, args=(page, 1, ctypes.c_size_t(1)), daemon=True)
+write.start()
+while " D " not in Path(f"/proc/self/task/{write.native_id}/stat").read_text():
+    pass
+libc.munmap(page, size)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_root
+def test_process_that_hangs(directory, new_lock, start, tmp_path, monkeypatch):
+    """It writes to storage that does not answer, so its environment cannot be read."""
+    monkeypatch.setattr(processes, "LOOK_TIMEOUT", 1)
+    image, mounted = tmp_path / "image", tmp_path / "mounted"
+    mounted.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, mounted], check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    path = leave_stale_lock(directory)
+    guest = start(env=mark_of(path))
+    with contextlib.ExitStack() as stack:
+        stack.callback(subprocess.run, ["umount", mounted], check=True)
+        hanging = start(mounted / "file", script=HANGS)
+        stack.callback(end, hanging)
+        subprocess.run(["fsfreeze", "--freeze", mounted], check=True)
+        try:
+            hanging.stdin.write(b"\n")
+            hanging.stdin.flush()
+            while " D " not in Path(f"/proc/{hanging.pid}/stat").read_text():
+                pass
+            # What was found before is enough to tell.
+            assert pids(refused(new_lock())) == [guest.pid]
+            end(guest)
+            with pytest.raises(LockUnknownError, match=f"process {hanging.pid} hangs"):
+                new_lock().acquire()
+            assert names(directory) == [path.name]
+        finally:
+            subprocess.run(["fsfreeze", "--unfreeze", mounted], check=True)
+        hanging.stdout.readline()
+        new_lock().acquire()
+    assert not path.exists()
+
+
 def test_own_process_does_not_count_but_its_parent_does(directory, start):
     """A shell that a test of the job started, for example."""
     path = leave_stale_lock(directory)
@@ -348,7 +450,7 @@ def test_process_that_is_another_one_at_each_look(directory, new_lock, rounds, t
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as chain:
         try:
             chain.stdout.readline()
-            for _ in rounds(30):
+            for _ in rounds(15):
                 # It is found, or it is plain that nothing can be.
                 with pytest.raises((LockHeldError, LockUnknownError)) as caught:
                     new_lock().acquire()
