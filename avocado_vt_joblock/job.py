@@ -21,6 +21,7 @@ from avocado_vt_joblock.lock import (
     LockHeldError,
     LockUnknownError,
 )
+from avocado_vt_joblock.processes import Left
 from avocado_vt_joblock.settings import DIR, TIMEOUT
 
 if TYPE_CHECKING:
@@ -200,21 +201,22 @@ def _release_or_leave(lock: JobLock, timeout: float) -> None:
         return
     try:
         left = _wait_for_the_rest(lock, timeout)
-        if left is None:
-            LOG.warning(
-                "/proc does not show whether tests or guests of the job still run. So its lock "
-                "file stays: %s. The next job looks again, and says what to do if that does not "
-                "help.",
-                lock.path,
-            )
-        elif left:
+        if left.processes:
             LOG.warning(
                 "%d process(es) of the job still run.%s\n%s\n"
                 "Until they have ended no other job with VT tests runs in this lock directory, and "
                 "the lock file stays: %s. The next job removes it.",
-                len(left),
-                _list(left),
+                len(left.processes),
+                _list(left.processes),
                 _advice(left, os.geteuid()),
+                lock.path,
+            )
+        elif left.unseen:
+            LOG.warning(
+                "/proc does not show whether tests or guests of the job still run (%s). So its "
+                "lock file stays: %s. The next job looks again, and says what to do if that does "
+                "not help.",
+                left.unseen,
                 lock.path,
             )
         else:
@@ -223,26 +225,25 @@ def _release_or_leave(lock: JobLock, timeout: float) -> None:
         lock.leave()
 
 
-def _wait_for_the_rest(lock: JobLock, timeout: float) -> list[Process] | None:
+def _wait_for_the_rest(lock: JobLock, timeout: float) -> Left:
     deadline = time.monotonic() + timeout
-    left = None
     with contextlib.suppress(KeyboardInterrupt):
         left = lock.left_behind()
-        if left and timeout:
+        if left.processes and time.monotonic() < deadline:
             LOG.warning(
                 "The job has ended, but %d process(es) of it still run: waiting up to %g s for "
                 "them. Ctrl-C ends the waiting.",
-                len(left),
+                len(left.processes),
                 timeout,
             )
-        while left != [] and time.monotonic() < deadline:
+        while (left.processes or left.unseen) and time.monotonic() < deadline:
             time.sleep(0.1)
-            if left is None or not any(process.is_running() for process in left):
+            if not left.processes or not all(process.is_running() for process in left.processes):
                 left = lock.left_behind()
-    if left:
-        with contextlib.suppress(KeyboardInterrupt):
-            left = lock.left_behind()
-    return left
+        return left
+    with contextlib.suppress(KeyboardInterrupt):
+        return lock.left_behind()
+    return Left([], "Ctrl-C ended the look")
 
 
 def _describe(holder: Holder) -> str:
@@ -250,7 +251,8 @@ def _describe(holder: Holder) -> str:
     if holder.processes:
         what = "a job has ended, but processes of it still run."
         pid = ""
-        advice = f"\n{_advice(holder.processes, holder.uid)}"
+        left = Left(list(holder.processes), holder.unseen)
+        advice = f"\n{_advice(left, holder.uid)}"
     else:
         what = "another job holds the lock."
         pid = f"\n    PID:    {holder.pid or 'unknown'}"
@@ -280,23 +282,30 @@ def _list(processes: Sequence[Process]) -> str:
     return "".join(lines)
 
 
-def _advice(processes: Sequence[Process], uid: int | None) -> str:
+def _advice(left: Left, uid: int | None) -> str:
     """Tell what to do about what is left of a user's job."""
-    pids = " ".join(str(process.pid) for process in processes)
-    who = "root" if uid == 0 else f"{_user(uid)} or root"
-    if any(process.is_test for process in processes):
-        advice = (
-            "A test is among them. It may be cleaning up and restoring images: wait some minutes.\n"
-            f"If it hangs, {who} can end them all, and has to check the images then:\n"
-        )
+    pids = " ".join(str(process.pid) for process in left.processes)
+    needs_root = uid == 0 or any(process.uid == 0 for process in left.processes)
+    who = "root" if needs_root else f"{_user(uid)} or root"
+    lines = []
+    if left.unseen:
+        lines.append(f"There may be more, tests too: /proc does not show all ({left.unseen}).")
+    elif os.geteuid() not in (0, uid):
+        lines.append(f"There may be guests, too, that only {who} can see.")
+    has_test = any(process.is_test for process in left.processes)
+    if has_test or left.unseen:
+        lines += [
+            "A test is among them. It may be cleaning up and restoring images: wait some minutes."
+            if has_test
+            else "A test may be cleaning up and restoring images: wait some minutes.",
+            f"If it hangs, {who} can end them all, and has to check the images then:",
+        ]
     else:
-        advice = (
-            "No test is among them that could end a guest and restore images.\n"
-            f"What is still there in a minute, {who} has to end, and to check the images then:\n"
-        )
-    if os.geteuid() not in (0, uid):
-        advice = f"There may be guests, too, that only {who} can see.\n{advice}"
-    return f"{advice}    kill {pids}"
+        lines += [
+            "No test is among them that could end a guest and restore images.",
+            f"What is still there in a minute, {who} has to end, and to check the images then:",
+        ]
+    return "\n".join([*lines, f"    kill {pids}"])
 
 
 def _printable(text: str) -> str:

@@ -45,7 +45,7 @@ from avocado_vt_joblock.lockfile import (
     take_kernel_lock,
     traces,
 )
-from avocado_vt_joblock.processes import Process, left_of, mark, unmark
+from avocado_vt_joblock.processes import Left, left_of, mark, unmark
 
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
@@ -186,10 +186,10 @@ class JobLock:
             if now != holder or time.monotonic() >= deadline:
                 return now
 
-    def left_behind(self) -> list[Process] | None:
-        """Find what this job has started and still runs; None where that cannot be seen."""
+    def left_behind(self) -> Left:
+        """Find what this job has started and still runs."""
         (left,) = left_of([traces(self.path, os.geteuid())])
-        return left.processes or (None if left.unseen else [])
+        return left
 
     def release(self) -> None:
         """Remove the lock file; without the lock, do nothing.

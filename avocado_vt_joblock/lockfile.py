@@ -76,6 +76,8 @@ class Holder(NamedTuple):
     since: float
     #: What still runs of a job whose own process has ended or has given up the lock.
     processes: tuple[Process, ...] = ()
+    #: Why there may be others; empty where all could be seen.
+    unseen: str = ""
 
 
 class Judgement(NamedTuple):
@@ -182,7 +184,8 @@ def judge(paths: Sequence[str], dir_fd: int) -> list[Judgement]:
             return this
         left = left_by_path[this.holder.path]
         if left.processes:
-            return Judgement(Verdict.LIVE, this.holder._replace(processes=tuple(left.processes)))
+            holder = this.holder._replace(processes=tuple(left.processes), unseen=left.unseen)
+            return Judgement(Verdict.LIVE, holder)
         if left.unseen:
             return Judgement(
                 Verdict.UNKNOWN,
@@ -220,9 +223,9 @@ def _judge_file(path: str, dir_fd: int | None, deadline: float) -> Judgement:
             is_held = has_kernel_lock(fd)
             status = os.fstat(fd)
             text = os.read(fd, _CONTENT_LIMIT)
-        if not status.st_nlink:
-            # It was released meanwhile.
-            return Judgement(Verdict.GONE, holder)
+        if not is_held:
+            # It may have been released meanwhile: then it is gone.
+            os.stat(where, dir_fd=dir_fd, follow_symlinks=False)
     except OSError as error:
         if is_gone(error):
             return Judgement(Verdict.GONE, holder)

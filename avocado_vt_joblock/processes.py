@@ -58,6 +58,8 @@ class Process(NamedTuple):
     started: int
     #: Whether it runs a test, by its command line.
     is_test: bool
+    #: Its real user id.
+    uid: int
 
     def is_running(self) -> bool:
         """Tell whether it still runs; another process that has its PID now is another one."""
@@ -123,11 +125,10 @@ def left_of(jobs: Sequence[Traces]) -> list[Left]:
     thread = threading.Thread(target=search.run, daemon=True)
     try:
         thread.start()
-    except RuntimeError:
-        # There are no new threads at the end of the interpreter.
-        search.run()
-    else:
-        thread.join(LOOK_TIMEOUT)
+    except RuntimeError as error:
+        # At the end of the interpreter some Pythons start none.
+        return [Left([], str(error)) for _ in jobs]
+    thread.join(LOOK_TIMEOUT)
     return search.result()
 
 
@@ -168,9 +169,8 @@ class _Look(NamedTuple):
     words: list[bytes] | None
     #: The id of the job whose test it runs, if it does.
     test_of: str | None = None
-    #: The process and its real user id, where it may be of a job.
+    #: The process, where it may be of a job.
     process: Process | None = None
-    user: int | None = None
 
     @property
     def is_bare(self) -> bool:
@@ -185,9 +185,9 @@ class _Search:
         self._jobs = jobs
         self._found: list[list[Process]] = [[] for _ in jobs]
         self._sees_others = os.geteuid() == 0
-        self._looked_at = ""
-        self._is_done = False
+        self._looked_at = "1"
         self._problem = ""
+        self._is_done = False
 
     def run(self) -> None:
         """Search; what goes wrong is part of the result."""
@@ -195,7 +195,7 @@ class _Search:
             for look in self._looks():
                 self._sees_others |= look.environ is None and look.words is not None
                 for job, processes in zip(self._jobs, self._found):
-                    if look.process and _is_of(job, look):
+                    if look.process and _is_of(job, look, look.process.uid):
                         processes.append(look.process)
         except OSError as error:
             self._problem = str(error.strerror)
@@ -205,9 +205,11 @@ class _Search:
 
     def result(self) -> list[Left]:
         """Tell what has been found up to now."""
-        problem = self._problem
-        if not self._is_done:
-            problem = f"process {self._looked_at} hangs, and all who look at it"
+        # In this order, since it may come to its end just now.
+        if self._is_done:
+            problem = self._problem
+        else:
+            problem = f"it took more than {LOOK_TIMEOUT:g} s, process {self._looked_at} may hang"
         left = []
         for job, found in zip(self._jobs, self._found):
             processes = sorted(found)
@@ -294,8 +296,8 @@ def _look_at(pid: str) -> _Look | None:
     if stat.has_ended:
         raise ProcessLookupError
     text = os.fsdecode(b" ".join(words or [])) or f"[{stat.name}]"
-    process = Process(int(pid), text, stat.started, is_test=test_of is not None)
-    return _Look(environ, words, test_of, process, _user(pid))
+    process = Process(int(pid), text, stat.started, test_of is not None, _user(pid))
+    return _Look(environ, words, test_of, process)
 
 
 def _read_of_threads(pid: str) -> tuple[bytes | None, bytes | None]:
@@ -322,10 +324,10 @@ def _test_of(words: list[bytes]) -> str | None:
         return None
 
 
-def _is_of(job: Traces, look: _Look) -> bool:
+def _is_of(job: Traces, look: _Look, uid: int) -> bool:
     if look.is_bare and not look.words:
         # It is held up in an exec or at its end, and nobody can tell what it is.
-        return look.user in job.uids
+        return uid in job.uids
     marks = _marks(look.environ or b"")
     if job.mark not in marks:
         # Whose environment is not to be seen is known by its command line.
@@ -336,7 +338,7 @@ def _is_of(job: Traces, look: _Look) -> bool:
         # Jobs at the same time in one process share its marks: this may be a test of another one.
         siblings = [name for name, holder in marks.items() if holder == marks[job.mark]]
         is_of = not any(look.test_of in name for name in siblings)
-    return is_of and look.user in {*job.uids, 0}
+    return is_of and uid in {*job.uids, 0}
 
 
 def _marks(environ: bytes) -> dict[str, str]:
