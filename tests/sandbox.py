@@ -172,6 +172,7 @@ class VTTest:
     def __init__(
         self, sandbox: Sandbox, name: str, outcome: str = "pass", guest: bool = False
     ) -> None:
+        self.sandbox = sandbox
         self.guest_pid = sandbox.root / f"{name}.guest"
         self.record = sandbox.root / f"{name}.record"
         self.until = sandbox.root / f"{name}.until"
@@ -214,6 +215,12 @@ class VTTest:
     def has_begun(self) -> bool:
         """Whether it has started to run."""
         return bool(self.notes())
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether Avocado has logged all that it says until it is told to end."""
+        logs = self.sandbox.home.glob("avocado/job-results/job-*/test-results/*/debug.log")
+        return any(f"{self.record} is silent from now on" in log.read_text() for log in logs)
 
 
 def exec_recipe(sandbox: Sandbox, until: Path) -> Path:
@@ -283,9 +290,12 @@ def running_tests(job: subprocess.Popen[str]) -> dict[int, bytes]:
 
 
 def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """Start a job that runs until its test is told to end; wait until that has begun."""
+    """Start a job that runs until its test is told to end; wait until that has begun.
+
+    A signal that interrupts Avocado while it logs may have it wait for itself for ever.
+    """
     job = sandbox.run(test, options=options)
-    wait_for(lambda: test.has_begun, job)
+    wait_for(lambda: test.has_begun and test.is_silent, job)
     return job
 
 

@@ -41,14 +41,15 @@ def test_next_job_runs_after_an_end_at_any_moment(sandbox, rounds, signum):
         job = sandbox.run(test)
         moment = random.uniform(0, 2.5)
         print(f"{signal.Signals(signum).name} after {moment:.3f} s")
-        wait = moment
-        # More than one, since the first may be lost: before Avocado heeds it, for example.
-        while job.poll() is None:
+        # More than one, since the first may be lost: before Avocado heeds it, for example. One that
+        # interrupts Avocado while it logs may have it wait for itself for ever.
+        for wait, sent in ((moment, signum), (2, signum), (2, signum), (20, signal.SIGKILL)):
             try:
                 job.wait(wait)
+                break
             except subprocess.TimeoutExpired:
-                os.killpg(job.pid, signum)
-            wait = 2
+                os.killpg(job.pid, sent)
+        job.wait()
         test.end()
         wait_for(lambda: not sandbox.living())
         following = sandbox.vt_test(f"following{number}")

@@ -1,5 +1,6 @@
 """A VT test without a virtual machine: it runs until it is told to end, and records when it ran."""
 
+import logging
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ def run(test, params, env):
         command = ["sh", "-c", "setsid sleep 1000 > /dev/null 2>&1 & echo $!"]
         Path(params["guest"]).write_text(subprocess.check_output(command, text=True))
     note(record, "begin")
+    logging.info("%s is silent from now on", record)
     deadline = time.monotonic() + 120
     while not until.exists():
         if time.monotonic() > deadline:
