@@ -1,7 +1,12 @@
 """A job lock for Avocado: no two jobs with VT tests at once in one lock directory.
 
-Avocado loads ``settings`` at every start, with the options and the place of the config file, and
-``plugin``, a shell that it calls before and after each job. Inside of that ``job`` knows jobs with
-VT tests, and tells their users what happens. It takes the lock with ``lock``, the protocol. That
-judges others' locks with ``lockfile``, which finds with ``processes`` what is left of a job.
+Avocado loads ``settings`` at every start, and ``plugin`` for every job. What ``plugin`` tells users
+is worded in ``messages``. It takes the lock with ``lock``, which is the protocol. That judges the
+locks of other jobs with ``lockfile``, and so does ``processes`` find what is left of those jobs.
+Each imports only from those after it; ``settings`` is Avocado's alone.
 """
+
+#: The options, as Avocado names them.
+SECTION = "plugins.vtjoblock"
+DIR = f"{SECTION}.dir"
+TIMEOUT = f"{SECTION}.timeout"

@@ -1,4 +1,4 @@
-"""Lock files: how they are named and written, and whether the job of one still runs.
+"""Lock files: how they are named and written, and the one verdict on each.
 
 The holder of a lock keeps its file open with an open file description lock on it (fcntl(2)), here
 called the kernel lock, which the kernel drops with the process. So it tells whether the holder
@@ -9,7 +9,6 @@ kernel lock, is first judged by its PID.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import errno
 import fcntl
@@ -18,238 +17,197 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from avocado_vt_joblock.processes import (
-    CLOCK_SLACK,
-    Process,
-    Traces,
-    boot_time,
-    job_key,
-    left_of,
-    may_have_written,
-)
+from avocado_vt_joblock.processes import INHERITED, Look, Process, may_have_written
 
-#: What the name of every lock file has in it.
+#: How every lock file is named. Until it is complete there is a dot before the name, since
+#: avocado-vt takes what begins like a lock for one.
 PREFIX = "avocado-vt-joblock-"
-#: How a file is named until it is complete. avocado-vt takes what begins like a lock for one.
+NAME = re.compile(rf"{PREFIX}[0-9a-f]{{40}}-[0-9]{{1,10}}-[0-9a-z]{{8}}\.pid")
 UNPUBLISHED = "."
 #: How long to wait for files that are under a lease, all together, in seconds.
 OPEN_TIMEOUT = 1.0
 
-_NAME = re.compile(rf"{PREFIX}(?P<job_id>[0-9a-f]{{40}})-(?P<uid>[0-9]{{1,10}})-[0-9a-z]{{8}}\.pid")
 # The empty line after the PID tells that its writer has a kernel lock on the file for as long as it
 # lives. avocado-vt, which reads the PID with int(), does not mind it.
-_CONTENT = re.compile(rb"(?P<pid>[0-9]{1,10})(?:(?P<has_kernel_lock>\n\n)|\s{0,9})")
+_CONTENT = re.compile(rb"([0-9]{1,10})(?:(?P<has_kernel_lock>\n\n)|\s{0,9})")
 _CONTENT_LIMIT = 32
-_PID_LIMIT = 2**31
+# Pythons that were built against an old C library lack the names; the numbers are Linux's.
+_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
+_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 
 
-class Verdict(enum.Enum):
+class State(enum.Enum):
     """What becomes of a lock that a job finds."""
 
-    #: Its job, or something of it, still runs: the new job is refused, or waits.
-    LIVE = enum.auto()
-    #: Nothing of its job runs any more: it is removed.
-    STALE = enum.auto()
-    #: Nobody can tell: the new job is stopped.
-    UNKNOWN = enum.auto()
-    #: It is no longer there.
-    GONE = enum.auto()
-    #: It is no regular file, so no job made it: it is ignored.
-    NO_LOCK = enum.auto()
+    LIVE = 1  # its job, or something of it, still runs: the new job is refused, or waits
+    OUTER = 2  # the same, and the new job is started by it, so that it would wait for itself
+    NOT_NOW = 3  # nobody can tell for now: the same as if it was live
+    UNKNOWN = 4  # nobody can tell: the new job is stopped
+    STALE = 5  # nothing of its job runs any more: it is removed
 
 
-class Holder(NamedTuple):
-    """Whose a lock is, as its file tells."""
+#: Why nobody can tell whether a lock is live, or whether what was found of its job is all.
+Reason = enum.Enum(
+    "Reason",
+    "SYSTEM NO_PID NO_REGULAR_FILE NO_PROC HIDDEN DENIED GUESTS_OF_OTHERS HANGING RESTLESS "
+    "INTERRUPTED",
+)
 
-    #: The lock file.
+
+@dataclass
+class LockFile:
+    """A lock file, and what is known of its job."""
+
     path: str
-    #: The job's process, by its PID in its own PID namespace; None where the file does not tell.
-    pid: int | None
-    #: The file's owner; None where that is not to be seen.
-    uid: int | None
-    #: 40 hexadecimal digits.
-    job_id: str
-    #: When the lock file was written, in seconds since the Epoch.
-    since: float
-    #: What still runs of a job whose own process has ended or has given up the lock.
-    processes: tuple[Process, ...] = ()
-    #: Why there may be others; empty where all could be seen.
-    unseen: str = ""
+    uid: int | None = None  # its owner
+    since: float = 0.0  # when it was written, in seconds since the Epoch
+    pid: int = 0  # the job's process, as the file tells; 0 if it does not
+    pid_is_here: bool = True  # whether that may be the process of this PID here
+    state: State = State.UNKNOWN
+    reason: Reason | None = None
+    detail: str | None = ""  # what the reason is about: the words of the system, or a PID
+    processes: list[Process] = field(default_factory=list)  # what is left where the job has ended
 
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return os.path.basename(self.path)
 
-class Judgement(NamedTuple):
-    """A verdict on a lock file."""
-
-    verdict: Verdict
-    holder: Holder
-    #: Why nobody can tell.
-    reason: str = ""
-
-
-def new_name(job_id: str) -> str:
-    """Make up the name of a new lock file, by which all who contend for the lock know it."""
-    return f"{PREFIX}{job_key(job_id)}-{os.getuid()}-{os.urandom(4).hex()}.pid"
-
-
-def is_name(name: str) -> bool:
-    """Tell whether a file is named like a lock."""
-    return _NAME.fullmatch(name) is not None
-
-
-def content() -> bytes:
-    """Make the content of a lock file of this process."""
-    return b"%d\n\n" % os.getpid()
-
-
-def traces(path: str, owner: int | None) -> Traces:
-    """Tell by what the processes of a lock's job are known.
-
-    :param path: the lock file
-    :param owner: the user id of its owner
-    """
-    name = os.path.basename(path)
-    match = _NAME.fullmatch(name)
-    assert match
-    # The name has the writer's user id, since a network file system may change the owner.
-    uids = {int(match["uid"])} if owner is None else {int(match["uid"]), owner}
-    return Traces(name, match["job_id"], frozenset(uids))
+    @property
+    def job_id(self) -> str:
+        """The id of its job, 40 hexadecimal digits."""
+        return self.name[len(PREFIX) :].partition("-")[0]
 
 
 def take_kernel_lock(fd: int) -> None:
     """Take the kernel lock on a file that is open for writing.
 
-    :raises OSError: when somebody else has it, or the file system knows no such lock
+    :raises OSError: when somebody else has it, or the system knows no such lock
     """
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_WRLCK))
+    fcntl.fcntl(fd, _SETLK, _flock(fcntl.F_WRLCK))
 
 
-def has_kernel_lock(fd: int) -> bool:
-    """Tell whether somebody has the kernel lock, by another descriptor than theirs.
+def judge(paths: Sequence[str]) -> list[LockFile]:
+    """Judge lock files, with one look at the processes for all of them.
 
-    A shared lock, which takes no permission to write, is none.
-
-    :raises OSError: when the file system does not tell
+    :param paths: where files lie that are named like a lock
+    :return: a verdict on each that is still there
     """
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock_of(fcntl.F_RDLCK))
-    return bool(struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK)
+    deadline = time.monotonic() + OPEN_TIMEOUT
+    files: list[LockFile] = []
+    ended: list[LockFile] = []
+    for file in map(LockFile, paths):
+        try:
+            (ended if _writer_has_ended(file, deadline) else files).append(file)
+        except OSError as error:
+            # In the words of NFS it is gone when its handle is stale.
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                file.reason, file.detail = Reason.SYSTEM, error.strerror
+                files.append(file)
+    judge_ended(ended)
+    return files + ended
 
 
-def is_gone(error: OSError) -> bool:
-    """Tell whether an error means that a file is no longer there; ESTALE is what NFS says."""
-    return error.errno in (errno.ENOENT, errno.ESTALE)
+def judge_ended(files: Sequence[LockFile], tests_only: bool = False) -> None:
+    """Judge locks whose writers have ended, or are about to, by what is left of their jobs.
 
-
-@contextlib.contextmanager
-def opened(path: str, dir_fd: int | None, deadline: float) -> Iterator[int]:
-    """Open a file of whatever kind, without following anything.
-
-    :param path: the file, relative to the directory ``dir_fd`` if there is one
-    :param deadline: how long to wait for a file under a lease, by the monotonic clock in seconds
+    :param tests_only: whether only tests count, and no guests
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+    look = Look() if files else None
+    for file in files:
+        assert look
+        file.processes = [
+            process
+            for process in list(look.processes)
+            if _is_of(process, file) and (process.test_of or not tests_only)
+        ]
+        file.state = _verdict(file, look)
+
+
+def _writer_has_ended(file: LockFile, deadline: float) -> bool:
+    """Read a lock file into its value, and judge it unless its writer has ended.
+
+    :param deadline: until when to wait for a file under a lease, by the monotonic clock in seconds
+    :raises OSError: when that fails; a FileNotFoundError when the file is not there any more
+    """
+    status = os.lstat(file.path)
+    file.uid, file.since = status.st_uid, status.st_mtime
+    if not stat.S_ISREG(status.st_mode):
+        file.reason = Reason.NO_REGULAR_FILE
+        return False
+    fd = _open(file.path, deadline)
+    try:
+        # A shared lock, which takes no permission to write, does not count.
+        answer = fcntl.fcntl(fd, _GETLK, _flock(fcntl.F_RDLCK))
+        is_held = struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
+        status = os.fstat(fd)
+        match = _CONTENT.fullmatch(os.read(fd, _CONTENT_LIMIT))
+    finally:
+        os.close(fd)
+    file.uid, file.since = status.st_uid, status.st_mtime
+    if match and 0 < int(match[1]) < 2**31:
+        file.pid = int(match[1])
+        file.pid_is_here = may_have_written(file.pid, status, has_it_open=is_held)
+    if is_held:
+        file.state = State.OUTER if file.name in INHERITED else State.LIVE
+        return False
+    # It may have been released meanwhile.
+    os.lstat(file.path)
+    if not match or not file.pid:
+        file.reason = Reason.NO_PID
+    elif match["has_kernel_lock"] or not file.pid_is_here:
+        return True
+    else:
+        file.state = State.LIVE
+    return False
+
+
+def _open(path: str, deadline: float) -> int:
+    """Open a file of whatever kind, without following anything."""
     while True:
         try:
-            fd = os.open(path, flags, dir_fd=dir_fd)
-            break
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
         except BlockingIOError:
-            # An NFS server has one for a holder on a client, and takes it back within milliseconds.
+            # An NFS server has a lease for a holder on a client, and takes it back in milliseconds.
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.005)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
-def judge(paths: Sequence[str], dir_fd: int) -> list[Judgement]:
-    """Judge lock files, with one pass over the processes for all of them.
-
-    :param paths: where files lie that are named like a lock
-    :param dir_fd: their directory
-    """
-    deadline = time.monotonic() + OPEN_TIMEOUT
-    judgements = [_judge_file(path, dir_fd, deadline) for path in paths]
-    ended = [this.holder for this in judgements if this.verdict is Verdict.STALE]
-    if not ended:
-        return judgements
-    found = left_of([traces(holder.path, holder.uid) for holder in ended])
-    left_by_path = {holder.path: left for holder, left in zip(ended, found)}
-
-    def with_processes(this: Judgement) -> Judgement:
-        if this.verdict is not Verdict.STALE:
-            return this
-        left = left_by_path[this.holder.path]
-        if left.processes:
-            holder = this.holder._replace(processes=tuple(left.processes), unseen=left.unseen)
-            return Judgement(Verdict.LIVE, holder)
-        if left.unseen:
-            return Judgement(
-                Verdict.UNKNOWN,
-                this.holder,
-                "its process has ended, but /proc does not show whether tests or guests still run "
-                f"({left.unseen})",
-            )
-        return this
-
-    return [with_processes(this) for this in judgements]
-
-
-def look_again(holder: Holder) -> Holder | None:
-    """Look at a live lock once more, without looking for processes that are not known.
-
-    :return: whose it is now, with the processes that still run; None where another judgement is due
-    """
-    verdict = _judge_file(holder.path, None, time.monotonic() + OPEN_TIMEOUT).verdict
-    if verdict is Verdict.STALE:
-        running = tuple(process for process in holder.processes if process.is_running())
-        return holder._replace(processes=running) if running else None
-    return holder if verdict is Verdict.LIVE else None
-
-
-def _judge_file(path: str, dir_fd: int | None, deadline: float) -> Judgement:
-    """Judge a lock file by itself: stale is what nothing holds but maybe tests and guests."""
-    where = path if dir_fd is None else os.path.basename(path)
-    holder = Holder(path, None, None, traces(path, None).job_id, 0.0)
-    try:
-        status = os.stat(where, dir_fd=dir_fd, follow_symlinks=False)
-        holder = holder._replace(uid=status.st_uid, since=status.st_mtime)
-        if not stat.S_ISREG(status.st_mode):
-            return Judgement(Verdict.NO_LOCK, holder)
-        with opened(where, dir_fd, deadline) as fd:
-            is_held = has_kernel_lock(fd)
-            status = os.fstat(fd)
-            text = os.read(fd, _CONTENT_LIMIT)
-        if not is_held:
-            # It may have been released meanwhile: then it is gone.
-            os.stat(where, dir_fd=dir_fd, follow_symlinks=False)
-    except OSError as error:
-        if is_gone(error):
-            return Judgement(Verdict.GONE, holder)
-        return Judgement(Verdict.UNKNOWN, holder, os.strerror(error.errno or 0))
-    match = _CONTENT.fullmatch(text)
-    pid = int(match["pid"]) if match else 0
-    if not match or not 0 < pid < _PID_LIMIT:
-        if is_held:
-            return Judgement(Verdict.LIVE, holder)
-        if _lost_in_power_cut(text, status):
-            return Judgement(Verdict.STALE, holder)
-        return Judgement(Verdict.UNKNOWN, holder, "there is no PID in it")
-    holder = Holder(path, pid, status.st_uid, holder.job_id, status.st_mtime)
-    if is_held or (not match["has_kernel_lock"] and may_have_written(pid, status.st_mtime)):
-        return Judgement(Verdict.LIVE, holder)
-    return Judgement(Verdict.STALE, holder)
-
-
-def _lost_in_power_cut(text: bytes, status: os.stat_result) -> bool:
-    """Tell whether a file's name reached the disk before a power cut but its content did not."""
-    blank = len(text) == status.st_size and not text.strip(b"\0")
-    return blank and status.st_mtime + CLOCK_SLACK < boot_time()
-
-
-def _lock_of(kind: int) -> bytes:
-    """Make a struct flock (fcntl(2)) for a whole file; its l_pid has to be 0."""
+def _flock(kind: int) -> bytes:
+    """A struct flock (fcntl(2)) for a whole file; its l_pid has to be 0."""
     return struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
+
+
+def _is_of(process: Process, file: LockFile) -> bool:
+    if process.is_blank:
+        return process.uid == file.uid
+    # Users can give another job the same id: the marks know better.
+    is_its_test = process.test_of == file.job_id and not process.marks
+    return file.name in process.marks or is_its_test
+
+
+def _verdict(file: LockFile, look: Look) -> State:
+    """The verdict by what was found, and what was not seen."""
+    is_root = os.geteuid() == 0
+    is_others = os.geteuid() != file.uid
+    state = State.UNKNOWN
+    if look.error:
+        file.reason, file.detail = Reason.NO_PROC, look.error
+    elif look.hanging:
+        file.reason, file.detail, state = Reason.HANGING, look.hanging, State.NOT_NOW
+    elif is_others and not look.sees_others:
+        file.reason = Reason.HIDDEN
+    elif is_others and is_root and look.is_denied:
+        file.reason = Reason.DENIED
+    elif not look.is_settled:
+        file.reason, state = Reason.RESTLESS, State.NOT_NOW
+    else:
+        file.reason = Reason.GUESTS_OF_OTHERS if is_others and not is_root else None
+        state = State.STALE
+    if any(process.is_around for process in file.processes):
+        return State.OUTER
+    return State.LIVE if file.processes else state

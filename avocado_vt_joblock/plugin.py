@@ -1,110 +1,299 @@
-"""What Avocado loads as the plugin: a shell that needs nothing of Avocado but the interface.
+"""What Avocado calls before and after a job.
 
-A plugin that does not load is left out, and the tests run without it. So whatever else may be
-missing, from a later Avocado for example, is imported inside, where that stops the job.
+A plugin that does not load is left out, and one that raises what Avocado does not know is logged:
+in both cases the tests run without the lock. So what may be missing is imported where that stops
+the job, and whatever goes wrong becomes an exception that Avocado lets out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
+import os
+import random
+import stat
+import sys
+import time
+import traceback
 from typing import TYPE_CHECKING
 
 from avocado.core.plugin_interfaces import JobPost, JobPre
 
+from avocado_vt_joblock import DIR, TIMEOUT
+
+_missing: Exception | None = None
+try:
+    from avocado_vt_joblock import messages
+    from avocado_vt_joblock.lock import JobLock, LockInTheWayError
+    from avocado_vt_joblock.lockfile import LockFile, Reason, State
+except Exception as error:  # a half-done upgrade, for example
+    _missing = error
+
 if TYPE_CHECKING:
     from avocado.core.job import Job
 
-    from avocado_vt_joblock.job import LockedJob
+#: How long to wait at the end of a job for what is left of it, in seconds.
+END_TIMEOUT = 5.0
+#: How long a waiting job waits between two attempts at most, and how often it says so, in seconds.
+ATTEMPT_INTERVAL, REMINDER_INTERVAL = 1.0, 300.0
 
-VT_KIND = "avocado-vt"
-#: What ``avocado.core.exit_codes.AVOCADO_JOB_FAIL`` is.
-JOB_FAIL = 2
+_POST_SCRIPTS = "plugins.jobscripts.post"
+# What a job keeps for this package, since Avocado makes new plugins for each run of it.
+_LOCK, _HELD_BACK = "_vt_joblock", "_vt_joblock_held_back"
 
 
-class VTJobLock(JobPre, JobPost):
-    """Keeps two jobs with VT tests from running at once; Avocado makes one object for each job."""
+class VTJobLock(JobPre):
+    """Takes the lock: the first thing that a job does."""
 
     name = "vt-joblock"
     description = "Avocado-VT Job Lock/Unlock"
-    # PluginPriority.VERY_HIGH: before all others, so that a refused job runs no pre-job script.
-    priority = 100
-
-    def __init__(self) -> None:
-        self._locked: LockedJob | None = None
+    # Above PluginPriority.VERY_HIGH: a refused job runs no other plugin's pre().
+    priority = 101
 
     def pre(self, job: Job) -> None:
         """Take the lock if the job contains VT tests.
 
         :param job: the job that is about to run
-        :raises JobError: on Avocado 105.0 and newer, when the lock could not be taken, for
-                          whatever reason; ``Job.run()`` prints it and returns an exit code
+        :raises JobError: on Avocado 105.0 and newer, when the lock could not be taken, for whatever
+                          reason; ``Job.run()`` prints it and returns an exit code
         :raises SystemExit: the same on others, where nothing else would stop the job
         """
         try:
+            _hold_back(job)
+            if _has_vt_tests(job) and _missing:
+                raise _missing
             if _has_vt_tests(job):
-                from avocado_vt_joblock.job import LockedJob
-
-                self._locked = LockedJob(job)
-                self._locked.begin()
-        except (SystemExit, KeyboardInterrupt):
+                _take_turn(job)
+            _let_go(job)
+        except (KeyboardInterrupt, SystemExit) as error:
+            _refuse(error, job)
             raise
         except BaseException as error:
             # Avocado goes on after anything else that gets out of here, and would run the tests.
-            raise _what_stops(job, error) from error
+            raise _refuse(error, job) from error
+
+
+class VTJobUnlock(JobPost):
+    """Gives the lock back: the last thing that a job does, after the post-job scripts."""
+
+    name = "vt-joblock-release"
+    description = "Avocado-VT job lock: the release"
+    # Below PluginPriority.LAST_RESORT.
+    priority = -1
 
     def post(self, job: Job) -> None:
         """Release the lock if the job has it, unless something of the job still runs.
 
         :param job: the job that has ended, in whatever way
         """
-        if self._locked:
-            self._locked.end(job)
+        _let_go(job)
+        lock: JobLock | None = vars(job).pop(_LOCK, None)
+        if lock:
+            try:
+                _give_back(lock, job)
+            finally:
+                # After one Ctrl-C too many: the next job judges what is left.
+                lock.release(leave_file=lock.held)
+
+
+def timeout(value: object) -> float:
+    """What is set as the time to wait, in seconds.
+
+    :raises ValueError: when that makes no sense
+    """
+    try:
+        seconds = float(str(value))
+    except ValueError:
+        seconds = math.nan
+    if seconds != -1 and not 0 <= seconds < math.inf:
+        raise ValueError(messages.NOT_A_TIME.format(value) + messages.where_to_set(TIMEOUT))
+    return math.inf if seconds == -1 else seconds
+
+
+def directory(value: object) -> str:
+    """What is set as the lock directory, short of looking whether it is there.
+
+    :raises ValueError: when that makes no sense
+    """
+    path = str(value)
+    if "\0" in path or not os.path.isabs(os.path.expanduser(path)):
+        raise ValueError(messages.NOT_ABSOLUTE.format(value) + messages.where_to_set(DIR))
+    return os.path.expanduser(path)
 
 
 def _has_vt_tests(job: Job) -> bool:
     # A suite whose references are not resolved yet has None for tests. In a dry run no test is of
     # the VT kind.
     return any(
-        runnable.kind == VT_KIND
+        runnable.kind == "avocado-vt"
         for suite in job.test_suites
         if getattr(suite, "enabled", True)
         for runnable in suite.tests or ()
     )
 
 
-def _what_stops(job: Job, error: BaseException) -> BaseException:
-    """Tell the user why the job is stopped, and make the exception that stops it.
+def _hold_back(job: Job) -> None:
+    """Keep a job that has no lock from undoing what the holder has set up.
 
-    :param error: the reason, which is being handled
+    ``Job.run()`` calls ``post_tests()`` and post-job scripts for it as well.
     """
-    message = f"Failure trying to set Avocado-VT job lock: {_reason(error, job)}"
-    logging.getLogger("avocado.job").error(message, exc_info=True)
-    # Post-job scripts run for this job as well: they can tell by its status.
+    _let_go(job)
+    vars(job)[_HELD_BACK] = job.post_tests, job.config.get(_POST_SCRIPTS)
+    # It puts itself back, since a program may run its job again.
+    job.post_tests = functools.partial(setattr, job, "post_tests", job.post_tests)
+    job.config[_POST_SCRIPTS] = os.devnull
+
+
+def _let_go(job: Job) -> None:
+    """End what :func:`_hold_back` has begun."""
+    held_back = vars(job).pop(_HELD_BACK, None)
+    if held_back:
+        job.post_tests, job.config[_POST_SCRIPTS] = held_back
+
+
+def _take_turn(job: Job) -> None:
+    """Take the lock, and wait for it if that is set.
+
+    :raises ValueError: when an option or the job id makes no sense
+    :raises LockInTheWayError: when another lock is in the way
+    :raises OSError: when the system refuses something
+    """
+    seconds, path = timeout(job.config[TIMEOUT]), directory(job.config[DIR])
+    try:
+        lock = JobLock(path, str(job.unique_id))
+    except ValueError as error:
+        raise ValueError(messages.NO_JOB_ID.format(job.unique_id)) from error
+    # Before the first attempt: to give back what is not held does no harm.
+    vars(job)[_LOCK] = lock
+    stale = _wait_for_turn(lock, seconds)
+    kept = [file for file in stale if file.reason is Reason.SYSTEM]
+    for file in kept:
+        _tell(messages.NOT_REMOVED.format(file.path, file.detail))
+    if len(stale) > len(kept):
+        removed = messages.REMOVED.format(len(stale) - len(kept), path)
+        _log("avocado.job", logging.INFO, removed)
+    if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+        _tell(messages.NO_STICKY_BIT.format(path))
+
+
+def _wait_for_turn(lock: JobLock, seconds: float) -> list[LockFile]:
+    started = told_at = time.monotonic()
+    deadline = started + seconds
+    told = set()
+    while True:
+        try:
+            stale = lock.acquire()
+            break
+        except LockInTheWayError as error:
+            file, now = error.file, time.monotonic()
+            if file.state not in (State.LIVE, State.NOT_NOW) or now >= deadline:
+                error.waited = now - started if seconds else 0.0
+                raise
+        waited = messages.duration(now - started)
+        has_test = any(process.test_of for process in file.processes)
+        what = (file.path, file.state, bool(file.processes), has_test)
+        if what not in told or now - told_at > REMINDER_INTERVAL:
+            text = messages.STILL_WAITING if what in told else messages.WAITING
+            _tell(text.format(messages.until(deadline), waited, messages.describe(file)))
+            told.add(what)
+            told_at = now
+        time.sleep(min(ATTEMPT_INTERVAL * random.uniform(0.5, 1), deadline - now))
+    if told:
+        _tell(messages.OBTAINED.format(messages.duration(time.monotonic() - started)))
+    return stale
+
+
+def _give_back(lock: JobLock, job: Job) -> None:
+    """Release the lock, or leave its file if something of the job may still run."""
+    if not lock.held:
+        return
+    # What a passed test leaves is left on purpose.
+    left = LockFile(lock.path, state=State.STALE)
+    if not _all_passed(job):
+        left = LockFile(lock.path, reason=Reason.INTERRUPTED)
+        # avocado-vt leaves guests for the next job then.
+        tests_only = job.config.get("vt.setup.keep_guest_running") is True
+        with contextlib.suppress(KeyboardInterrupt):
+            left = lock.left(tests_only)
+            if left.processes:
+                _tell(messages.ENDING.format(len(left.processes), END_TIMEOUT))
+            deadline = time.monotonic() + END_TIMEOUT
+            while left.state is not State.STALE and time.monotonic() < deadline:
+                time.sleep(0.1)
+                left = lock.left(tests_only)
+    problem = lock.release(leave_file=left.state is not State.STALE)
+    for text in messages.end(left, problem):
+        _tell(text)
+
+
+def _all_passed(job: Job) -> bool:
+    """Whether all tests of a job have passed, so that none has left what it could not clean up.
+
+    avocado-vt hides a failed clean-up behind any other status of the test.
+    """
+    # Avocado calls post() while an exception is on its way out of the job, too.
+    if sys.exc_info()[0] or job.status != "PASS" or job.exitcode or not job.result:
+        return False
+    tests = sum(len(suite.tests or ()) for suite in job.test_suites if suite.enabled)
+    results = [test["status"] for test in job.result.tests]
+    return len(results) >= tests and set(results) == {"PASS"}
+
+
+def _refuse(error: BaseException, job: Job) -> BaseException:
+    """Tell why a job is stopped; return the exception by which Avocado stops it."""
+    try:
+        text = messages.refusal(error, job.config.get(DIR), job.logfile)
+    except Exception:
+        text = "".join(traceback.format_exception_only(type(error), error)).strip()
+    _log("avocado.job", logging.ERROR, text, error)
     with contextlib.suppress(Exception):
         job.status = "ERROR"
-    job_error = _job_error()
-    if job_error:
-        return job_error(message)
-    logging.getLogger("avocado.app").error(message)
-    return SystemExit(getattr(job, "exitcode", 0) | JOB_FAIL)
-
-
-def _reason(error: BaseException, job: Job) -> str:
-    try:
-        from avocado_vt_joblock.job import explain
-
-        return explain(error, job)
-    except Exception:
-        return f"{type(error).__name__}: {error}. Details are in job.log."
-
-
-def _job_error() -> type[Exception] | None:
-    """Find what Avocado lets out of a plugin and stops the job by: job errors, from 105.0 on."""
-    try:
+        _add_to_results(text, job)
+    with contextlib.suppress(ImportError):
         from avocado.core import extension_manager
         from avocado.core.exceptions import JobError
-    except ImportError:
-        return None
-    let_out = getattr(extension_manager, "JobBaseException", ())
-    return JobError if issubclass(JobError, let_out) else None
+
+        # From 105.0 on Avocado lets these out of a plugin.
+        if issubclass(JobError, getattr(extension_manager, "JobBaseException", ())):
+            return JobError(text)
+    _log("avocado.app", logging.ERROR, text)
+    return SystemExit(getattr(job, "exitcode", 0) | 2)  # AVOCADO_JOB_FAIL
+
+
+def _add_to_results(text: str, job: Job) -> None:
+    """Have the results of a job that runs no test show an error: some read nothing else."""
+    from avocado.core.test_id import TestID
+
+    state = dict.fromkeys(("time_start", "time_end", "actual_time_start", "actual_time_end"), 0.0)
+    job.result.check_test(
+        {
+            **dict.fromkeys(state, time.time()),
+            "name": TestID(0, VTJobLock.name),
+            "class_name": VTJobLock.name,
+            "status": "ERROR",
+            "fail_class": "JobError",
+            "fail_reason": text.partition("\n")[0],
+            "traceback": text,
+            "time_elapsed": 0.0,
+            "logdir": job.logdir,
+            "logfile": job.logfile,
+        }
+    )
+
+
+def _tell(text: str) -> None:
+    """Warn the user, on standard error since standard output may be the job's results."""
+    _log("avocado.job", logging.WARNING, text)
+    _log("avocado.app", logging.WARNING, text)
+
+
+def _log(logger: str, level: int, text: str, error: BaseException | None = None) -> None:
+    """Log something; what a program's handler raises changes nothing."""
+    try:
+        logging.getLogger(logger).log(level, text, exc_info=error)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        pass

@@ -10,9 +10,7 @@ import os
 from avocado.core import settings as avocado_settings
 from avocado.core.plugin_interfaces import Init, Settings
 
-SECTION = "plugins.vtjoblock"
-DIR = f"{SECTION}.dir"
-TIMEOUT = f"{SECTION}.timeout"
+from avocado_vt_joblock import SECTION
 
 _DIR_HELP = (
     "Directory in which a job with VT tests looks for the lock file of another job, and creates "
