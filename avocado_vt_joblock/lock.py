@@ -32,22 +32,15 @@ GUARD_TIMEOUT = 1.0
 CRASHED = 60.0
 #: The file name of an error that is about the kernel lock.
 KERNEL_LOCK = "F_OFD_SETLK"
-# Which of several locks in the way is told of: what does not end by itself comes first.
-_IN_THE_WAY = (State.OUTER, State.UNKNOWN, State.LIVE, State.NOT_NOW)
 
 
 class LockInTheWayError(Exception):
-    """The lock could not be taken because of another one.
-
-    :param file: that one
-    """
-
-    #: For how long the job has waited for it, in seconds.
-    waited = 0.0
+    """The lock could not be taken because of another one."""
 
     def __init__(self, file: LockFile) -> None:
         super().__init__(file.path)
         self.file = file
+        self.waited = 0.0  # for how long the job has waited for it, in seconds
 
 
 class JobLock:
@@ -56,25 +49,20 @@ class JobLock:
     :param directory: the absolute path of an existing directory
     :param job_id: what the file is named after
     :raises ValueError: when that is not 40 hexadecimal digits
-    :ivar path: where the lock file lies while the lock is held
-    :ivar held: whether this process holds the lock
     """
 
     def __init__(self, directory: str, job_id: str) -> None:
-        unique = f"{os.getuid()}-{os.urandom(4).hex()}"
-        self._name = f"{lockfile.PREFIX}{job_id.lower()}-{unique}.pid"
+        self._name = f"{lockfile.PREFIX}{job_id.lower()}-{os.getuid()}-{os.urandom(4).hex()}.pid"
         if not lockfile.NAME.fullmatch(self._name):
-            raise ValueError(job_id)
+            raise ValueError(f"the job id {job_id!r} is not 40 hexadecimal digits.")
         self._directory = directory
         self._unpublished = os.path.join(directory, lockfile.UNPUBLISHED + self._name)
         self._fd: int | None = None
-        self.path = os.path.join(directory, self._name)
-        self.held = False
+        self.path = os.path.join(directory, self._name)  # where the lock file lies
+        self.held = False  # whether this process holds the lock
 
     def acquire(self) -> list[LockFile]:
         """Take the lock, to keep it until :meth:`release` or the end of all that this job starts.
-
-        Where that fails it leaves nothing behind.
 
         :return: the stale locks that were there; one that could not be removed has that reason
         :raises LockInTheWayError: when another lock is not stale
@@ -96,10 +84,7 @@ class JobLock:
             os.close(guard)
 
     def left(self, tests_only: bool) -> LockFile:
-        """The verdict on this lock if it were given up now.
-
-        :param tests_only: whether only tests count, and no guests
-        """
+        """The verdict on this lock if it were given up now, and maybe only tests counted."""
         file = LockFile(self.path, uid=os.geteuid())
         lockfile.judge_ended([file], tests_only)
         return file
@@ -134,7 +119,7 @@ class JobLock:
         # Nobody else may open it before the kernel lock is there.
         self._fd = os.open(self._unpublished, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
         try:
-            lockfile.take_kernel_lock(self._fd)
+            fcntl.fcntl(self._fd, lockfile.SETLK, lockfile.whole_file(fcntl.F_WRLCK))
         except OSError as error:
             raise OSError(error.errno, error.strerror, KERNEL_LOCK) from error
         with contextlib.suppress(OSError):
@@ -151,13 +136,12 @@ class JobLock:
     def _look_at_others(self) -> list[LockFile]:
         """Judge all other locks, remove the stale ones, and give up where one is in the way."""
         with os.scandir(self._directory) as entries:
-            names = [entry.name for entry in entries if lockfile.PREFIX in entry.name]
+            names = {entry.name for entry in entries if lockfile.PREFIX in entry.name}
         if self._name not in names:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
-        names.remove(self._name)
         self._remove_crashed(names)
-        names = [name for name in names if lockfile.NAME.fullmatch(name)]
-        files = lockfile.judge([os.path.join(self._directory, name) for name in names])
+        others = [name for name in names - {self._name} if lockfile.NAME.fullmatch(name)]
+        files = lockfile.judge([os.path.join(self._directory, name) for name in others])
         stale = [file for file in files if file.state is State.STALE]
         for file in stale:
             try:
@@ -166,13 +150,11 @@ class JobLock:
                 pass
             except OSError as error:
                 file.reason, file.detail = Reason.SYSTEM, error.strerror
-        for state in _IN_THE_WAY:
-            for file in files:
-                if file.state is state:
-                    raise LockInTheWayError(file)
+        if len(files) > len(stale):
+            raise LockInTheWayError(min(files, key=lambda file: file.state.value))
         return stale
 
-    def _remove_crashed(self, names: list[str]) -> None:
+    def _remove_crashed(self, names: set[str]) -> None:
         """Remove old unpublished files, by the clock of the file system."""
         for name in names:
             path = os.path.join(self._directory, name)
@@ -187,11 +169,10 @@ class JobLock:
 def _wait_for_guard(guard: int) -> None:
     """Keep other contenders on this host out, if that can be had in time."""
     deadline = time.monotonic() + GUARD_TIMEOUT
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            time.sleep(0.005)
-        except OSError:
-            break
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.005)

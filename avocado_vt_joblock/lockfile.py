@@ -1,10 +1,9 @@
 """Lock files: how they are named and written, and the one verdict on each.
 
-The holder of a lock keeps its file open with an open file description lock on it (fcntl(2)), here
-called the kernel lock, which the kernel drops with the process. So it tells whether the holder
-lives, whatever its PID means here, in another PID namespace for example. Its tests and guests may
-outlive it, so without the kernel lock they are looked for. A file of avocado-vt, which takes no
-kernel lock, is first judged by its PID.
+The holder of a lock has an open file description lock on its file (fcntl(2)), here called the
+kernel lock, which the kernel drops with the process. So it tells whether the holder lives, whatever
+its PID means here. Its tests and guests may outlive it, so without the kernel lock they are looked
+for. A file of avocado-vt, which takes no kernel lock, is first judged by its PID.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from avocado_vt_joblock.processes import INHERITED, Look, Process, may_have_written
@@ -33,19 +31,18 @@ OPEN_TIMEOUT = 1.0
 # The empty line after the PID tells that its writer has a kernel lock on the file for as long as it
 # lives. avocado-vt, which reads the PID with int(), does not mind it.
 _CONTENT = re.compile(rb"([0-9]{1,10})(?:(?P<has_kernel_lock>\n\n)|\s{0,9})")
-_CONTENT_LIMIT = 32
-# Pythons that were built against an old C library lack the names; the numbers are Linux's.
-_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
-_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
+#: Pythons that were built against an old C library lack the names; the numbers are Linux's.
+GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
+SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 
 
 class State(enum.Enum):
-    """What becomes of a lock that a job finds."""
+    """What becomes of a lock that a job finds; of several the lowest one counts."""
 
-    LIVE = 1  # its job, or something of it, still runs: the new job is refused, or waits
-    OUTER = 2  # the same, and the new job is started by it, so that it would wait for itself
-    NOT_NOW = 3  # nobody can tell for now: the same as if it was live
-    UNKNOWN = 4  # nobody can tell: the new job is stopped
+    OUTER = 1  # its job, or something of it, runs, and has started the new one: that is refused
+    UNKNOWN = 2  # nobody can tell: the new job is stopped
+    LIVE = 3  # its job, or something of it, still runs: the new job is refused, or waits
+    NOT_NOW = 4  # nobody can tell for now: the same as if it was live
     STALE = 5  # nothing of its job runs any more: it is removed
 
 
@@ -78,19 +75,11 @@ class LockFile:
 
     @property
     def job_id(self) -> str:
-        """The id of its job, 40 hexadecimal digits."""
+        """The id of its job."""
         return self.name[len(PREFIX) :].partition("-")[0]
 
 
-def take_kernel_lock(fd: int) -> None:
-    """Take the kernel lock on a file that is open for writing.
-
-    :raises OSError: when somebody else has it, or the system knows no such lock
-    """
-    fcntl.fcntl(fd, _SETLK, _flock(fcntl.F_WRLCK))
-
-
-def judge(paths: Sequence[str]) -> list[LockFile]:
+def judge(paths: list[str]) -> list[LockFile]:
     """Judge lock files, with one look at the processes for all of them.
 
     :param paths: where files lie that are named like a lock
@@ -111,20 +100,19 @@ def judge(paths: Sequence[str]) -> list[LockFile]:
     return files + ended
 
 
-def judge_ended(files: Sequence[LockFile], tests_only: bool = False) -> None:
-    """Judge locks whose writers have ended, or are about to, by what is left of their jobs.
-
-    :param tests_only: whether only tests count, and no guests
-    """
+def judge_ended(files: list[LockFile], tests_only: bool = False) -> None:
+    """Judge locks whose writers have ended by what is left of their jobs, or by tests only."""
     look = Look() if files else None
     for file in files:
         assert look
-        file.processes = [
-            process
-            for process in list(look.processes)
-            if _is_of(process, file) and (process.test_of or not tests_only)
-        ]
-        file.state = _verdict(file, look)
+        for process in list(look.processes):
+            # Users can give two jobs the same id: the marks know better.
+            is_its_test = process.test_of == file.job_id and not process.marks
+            may_be_its = process.is_blank and process.uid == file.uid
+            is_its = file.name in process.marks or is_its_test or may_be_its
+            if is_its and (process.test_of or not tests_only):
+                file.processes.append(process)
+        _decide(file, look)
 
 
 def _writer_has_ended(file: LockFile, deadline: float) -> bool:
@@ -141,10 +129,10 @@ def _writer_has_ended(file: LockFile, deadline: float) -> bool:
     fd = _open(file.path, deadline)
     try:
         # A shared lock, which takes no permission to write, does not count.
-        answer = fcntl.fcntl(fd, _GETLK, _flock(fcntl.F_RDLCK))
+        answer = fcntl.fcntl(fd, GETLK, whole_file(fcntl.F_RDLCK))
         is_held = struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
         status = os.fstat(fd)
-        match = _CONTENT.fullmatch(os.read(fd, _CONTENT_LIMIT))
+        match = _CONTENT.fullmatch(os.read(fd, 32))
     finally:
         os.close(fd)
     file.uid, file.since = status.st_uid, status.st_mtime
@@ -177,37 +165,27 @@ def _open(path: str, deadline: float) -> int:
             time.sleep(0.005)
 
 
-def _flock(kind: int) -> bytes:
+def whole_file(kind: int) -> bytes:
     """A struct flock (fcntl(2)) for a whole file; its l_pid has to be 0."""
     return struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
 
 
-def _is_of(process: Process, file: LockFile) -> bool:
-    if process.is_blank:
-        return process.uid == file.uid
-    # Users can give another job the same id: the marks know better.
-    is_its_test = process.test_of == file.job_id and not process.marks
-    return file.name in process.marks or is_its_test
-
-
-def _verdict(file: LockFile, look: Look) -> State:
-    """The verdict by what was found, and what was not seen."""
+def _decide(file: LockFile, look: Look) -> None:
+    """Reach the verdict by what was found, and by the first thing that was not seen."""
     is_root = os.geteuid() == 0
     is_others = os.geteuid() != file.uid
-    state = State.UNKNOWN
-    if look.error:
-        file.reason, file.detail = Reason.NO_PROC, look.error
-    elif look.hanging:
-        file.reason, file.detail, state = Reason.HANGING, look.hanging, State.NOT_NOW
-    elif is_others and not look.sees_others:
-        file.reason = Reason.HIDDEN
-    elif is_others and is_root and look.is_denied:
-        file.reason = Reason.DENIED
-    elif not look.is_settled:
-        file.reason, state = Reason.RESTLESS, State.NOT_NOW
-    else:
-        file.reason = Reason.GUESTS_OF_OTHERS if is_others and not is_root else None
-        state = State.STALE
-    if any(process.is_around for process in file.processes):
-        return State.OUTER
-    return State.LIVE if file.processes else state
+    file.state = State.STALE
+    for problem, reason, state in (
+        (look.error, Reason.NO_PROC, State.UNKNOWN),
+        (look.hanging, Reason.HANGING, State.NOT_NOW),
+        (is_others and not look.sees_others, Reason.HIDDEN, State.UNKNOWN),
+        (is_others and is_root and look.is_denied, Reason.DENIED, State.UNKNOWN),
+        (not look.is_settled, Reason.RESTLESS, State.NOT_NOW),
+        (is_others and not is_root, Reason.GUESTS_OF_OTHERS, State.STALE),
+    ):
+        if problem:
+            file.state, file.reason, file.detail = state, reason, str(problem)
+            break
+    if file.processes:
+        is_around = any(process.is_around for process in file.processes)
+        file.state = State.OUTER if is_around else State.LIVE

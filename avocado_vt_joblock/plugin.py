@@ -1,22 +1,18 @@
 """What Avocado calls before and after a job.
 
-A plugin that does not load is left out, and one that raises what Avocado does not know is logged:
-in both cases the tests run without the lock. So what may be missing is imported where that stops
-the job, and whatever goes wrong becomes an exception that Avocado lets out.
+Avocado leaves out a plugin that does not load, and goes on after an exception that it does not
+know: both would run the tests without the lock. So whatever goes wrong becomes one that it knows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
 import random
-import stat
 import sys
 import time
-import traceback
 from typing import TYPE_CHECKING
 
 from avocado.core.plugin_interfaces import JobPost, JobPre
@@ -30,7 +26,6 @@ try:
     from avocado_vt_joblock.lockfile import LockFile, Reason, State
 except Exception as error:  # a half-done upgrade, for example
     _missing = error
-
 if TYPE_CHECKING:
     from avocado.core.job import Job
 
@@ -38,8 +33,7 @@ if TYPE_CHECKING:
 END_TIMEOUT = 5.0
 #: How long a waiting job waits between two attempts at most, and how often it says so, in seconds.
 ATTEMPT_INTERVAL, REMINDER_INTERVAL = 1.0, 300.0
-
-_POST_SCRIPTS = "plugins.jobscripts.post"
+_JOB_LOG, _USER, _POST_SCRIPTS = "avocado.job", "avocado.app", "plugins.jobscripts.post"
 # What a job keeps for this package, since Avocado makes new plugins for each run of it.
 _LOCK, _HELD_BACK = "_vt_joblock", "_vt_joblock_held_back"
 
@@ -56,14 +50,11 @@ class VTJobLock(JobPre):
         """Take the lock if the job contains VT tests.
 
         :param job: the job that is about to run
-        :raises JobError: on Avocado 105.0 and newer, when the lock could not be taken, for whatever
-                          reason; ``Job.run()`` prints it and returns an exit code
-        :raises SystemExit: the same on others, where nothing else would stop the job
+        :raises JobError: when it could not be taken; on Avocado 103.0 and 104.0, which go on after
+                          that, SystemExit
         """
         try:
             _hold_back(job)
-            if _has_vt_tests(job) and _missing:
-                raise _missing
             if _has_vt_tests(job):
                 _take_turn(job)
             _let_go(job)
@@ -71,7 +62,6 @@ class VTJobLock(JobPre):
             _refuse(error, job)
             raise
         except BaseException as error:
-            # Avocado goes on after anything else that gets out of here, and would run the tests.
             raise _refuse(error, job) from error
 
 
@@ -88,13 +78,14 @@ class VTJobUnlock(JobPost):
 
         :param job: the job that has ended, in whatever way
         """
-        _let_go(job)
-        lock: JobLock | None = vars(job).pop(_LOCK, None)
-        if lock:
-            try:
+        lock: JobLock | None = vars(job).get(_LOCK)
+        try:
+            _let_go(job)
+            if lock and lock.held:
                 _give_back(lock, job)
-            finally:
-                # After one Ctrl-C too many: the next job judges what is left.
+        finally:
+            if lock:
+                # After one Ctrl-C too many the next job judges what is left.
                 lock.release(leave_file=lock.held)
 
 
@@ -103,12 +94,11 @@ def timeout(value: object) -> float:
 
     :raises ValueError: when that makes no sense
     """
-    try:
+    seconds = math.nan
+    with contextlib.suppress(ValueError):
         seconds = float(str(value))
-    except ValueError:
-        seconds = math.nan
     if seconds != -1 and not 0 <= seconds < math.inf:
-        raise ValueError(messages.NOT_A_TIME.format(value) + messages.where_to_set(TIMEOUT))
+        raise ValueError(messages.NOT_A_TIME.format(value))
     return math.inf if seconds == -1 else seconds
 
 
@@ -119,62 +109,48 @@ def directory(value: object) -> str:
     """
     path = str(value)
     if "\0" in path or not os.path.isabs(os.path.expanduser(path)):
-        raise ValueError(messages.NOT_ABSOLUTE.format(value) + messages.where_to_set(DIR))
+        raise ValueError(messages.NOT_ABSOLUTE.format(value))
     return os.path.expanduser(path)
 
 
 def _has_vt_tests(job: Job) -> bool:
     # A suite whose references are not resolved yet has None for tests. In a dry run no test is of
     # the VT kind.
-    return any(
-        runnable.kind == "avocado-vt"
-        for suite in job.test_suites
-        if getattr(suite, "enabled", True)
-        for runnable in suite.tests or ()
-    )
+    suites = [suite for suite in job.test_suites if getattr(suite, "enabled", True)]
+    return any(test.kind == "avocado-vt" for suite in suites for test in suite.tests or ())
 
 
 def _hold_back(job: Job) -> None:
-    """Keep a job that has no lock from undoing what the holder has set up.
-
-    ``Job.run()`` calls ``post_tests()`` and post-job scripts for it as well.
-    """
+    """Keep a job without the lock from undoing what the holder has set up, when it ends."""
     _let_go(job)
-    vars(job)[_HELD_BACK] = job.post_tests, job.config.get(_POST_SCRIPTS)
+    kept, post_tests = vars(job), job.post_tests
+    kept[_HELD_BACK] = post_tests, job.config.get(_POST_SCRIPTS)
     # It puts itself back, since a program may run its job again.
-    job.post_tests = functools.partial(setattr, job, "post_tests", job.post_tests)
+    kept["post_tests"] = lambda: kept.update(post_tests=post_tests)
     job.config[_POST_SCRIPTS] = os.devnull
 
 
 def _let_go(job: Job) -> None:
-    """End what :func:`_hold_back` has begun."""
     held_back = vars(job).pop(_HELD_BACK, None)
     if held_back:
-        job.post_tests, job.config[_POST_SCRIPTS] = held_back
+        vars(job)["post_tests"], job.config[_POST_SCRIPTS] = held_back
 
 
 def _take_turn(job: Job) -> None:
-    """Take the lock, and wait for it if that is set.
-
-    :raises ValueError: when an option or the job id makes no sense
-    :raises LockInTheWayError: when another lock is in the way
-    :raises OSError: when the system refuses something
-    """
+    """Take the lock, and wait for it if that is set."""
+    if _missing:
+        raise _missing
     seconds, path = timeout(job.config[TIMEOUT]), directory(job.config[DIR])
-    try:
-        lock = JobLock(path, str(job.unique_id))
-    except ValueError as error:
-        raise ValueError(messages.NO_JOB_ID.format(job.unique_id)) from error
+    lock = JobLock(path, str(job.unique_id))
     # Before the first attempt: to give back what is not held does no harm.
     vars(job)[_LOCK] = lock
-    stale = _wait_for_turn(lock, seconds)
-    kept = [file for file in stale if file.reason is Reason.SYSTEM]
-    for file in kept:
-        _tell(messages.NOT_REMOVED.format(file.path, file.detail))
-    if len(stale) > len(kept):
-        removed = messages.REMOVED.format(len(stale) - len(kept), path)
-        _log("avocado.job", logging.INFO, removed)
-    if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+    for file in _wait_for_turn(lock, seconds):
+        if file.reason is Reason.SYSTEM:
+            _tell(messages.NOT_REMOVED.format(file.path, file.detail))
+        else:
+            _tell(messages.REMOVED.format(file.path), logging.INFO, _JOB_LOG)
+    # By inode(7): writable by others, and no sticky bit.
+    if os.stat(path).st_mode & 0o1002 == 0o0002:
         _tell(messages.NO_STICKY_BIT.format(path))
 
 
@@ -191,11 +167,11 @@ def _wait_for_turn(lock: JobLock, seconds: float) -> list[LockFile]:
             if file.state not in (State.LIVE, State.NOT_NOW) or now >= deadline:
                 error.waited = now - started if seconds else 0.0
                 raise
-        waited = messages.duration(now - started)
         has_test = any(process.test_of for process in file.processes)
         what = (file.path, file.state, bool(file.processes), has_test)
         if what not in told or now - told_at > REMINDER_INTERVAL:
             text = messages.STILL_WAITING if what in told else messages.WAITING
+            waited = messages.duration(now - started)
             _tell(text.format(messages.until(deadline), waited, messages.describe(file)))
             told.add(what)
             told_at = now
@@ -207,8 +183,6 @@ def _wait_for_turn(lock: JobLock, seconds: float) -> list[LockFile]:
 
 def _give_back(lock: JobLock, job: Job) -> None:
     """Release the lock, or leave its file if something of the job may still run."""
-    if not lock.held:
-        return
     # What a passed test leaves is left on purpose.
     left = LockFile(lock.path, state=State.STALE)
     if not _all_passed(job):
@@ -229,10 +203,7 @@ def _give_back(lock: JobLock, job: Job) -> None:
 
 
 def _all_passed(job: Job) -> bool:
-    """Whether all tests of a job have passed, so that none has left what it could not clean up.
-
-    avocado-vt hides a failed clean-up behind any other status of the test.
-    """
+    """Whether a job has ended well: after any other end of a test avocado-vt hides what it left."""
     # Avocado calls post() while an exception is on its way out of the job, too.
     if sys.exc_info()[0] or job.status != "PASS" or job.exitcode or not job.result:
         return False
@@ -243,22 +214,21 @@ def _all_passed(job: Job) -> bool:
 
 def _refuse(error: BaseException, job: Job) -> BaseException:
     """Tell why a job is stopped; return the exception by which Avocado stops it."""
-    try:
-        text = messages.refusal(error, job.config.get(DIR), job.logfile)
-    except Exception:
-        text = "".join(traceback.format_exception_only(type(error), error)).strip()
-    _log("avocado.job", logging.ERROR, text, error)
+    text = type(error).__name__
     with contextlib.suppress(Exception):
-        job.status = "ERROR"
+        text += f": {error}"
+        text = messages.refusal(error, job.config.get(DIR), job.logfile)
+    _tell(text, logging.ERROR, _JOB_LOG)
+    with contextlib.suppress(Exception):
         _add_to_results(text, job)
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         from avocado.core import extension_manager
         from avocado.core.exceptions import JobError
 
         # From 105.0 on Avocado lets these out of a plugin.
         if issubclass(JobError, getattr(extension_manager, "JobBaseException", ())):
             return JobError(text)
-    _log("avocado.app", logging.ERROR, text)
+    _tell(text, loggers=_USER)
     return SystemExit(getattr(job, "exitcode", 0) | 2)  # AVOCADO_JOB_FAIL
 
 
@@ -266,34 +236,22 @@ def _add_to_results(text: str, job: Job) -> None:
     """Have the results of a job that runs no test show an error: some read nothing else."""
     from avocado.core.test_id import TestID
 
-    state = dict.fromkeys(("time_start", "time_end", "actual_time_start", "actual_time_end"), 0.0)
-    job.result.check_test(
-        {
-            **dict.fromkeys(state, time.time()),
-            "name": TestID(0, VTJobLock.name),
-            "class_name": VTJobLock.name,
-            "status": "ERROR",
-            "fail_class": "JobError",
-            "fail_reason": text.partition("\n")[0],
-            "traceback": text,
-            "time_elapsed": 0.0,
-            "logdir": job.logdir,
-            "logfile": job.logfile,
-        }
-    )
+    assert job.result
+    times = ("time_start", "time_end", "actual_time_start", "actual_time_end")
+    state = {"name": TestID(0, VTJobLock.name), "class_name": VTJobLock.name, "status": "ERROR"}
+    why = {"fail_class": "JobError", "fail_reason": text.partition("\n")[0], "traceback": text}
+    logs = {"logdir": job.logdir, "logfile": job.logfile, "time_elapsed": 0.0}
+    job.result.check_test({**dict.fromkeys(times, time.time()), **state, **why, **logs})
+    job.status = "ERROR"
 
 
-def _tell(text: str) -> None:
-    """Warn the user, on standard error since standard output may be the job's results."""
-    _log("avocado.job", logging.WARNING, text)
-    _log("avocado.app", logging.WARNING, text)
-
-
-def _log(logger: str, level: int, text: str, error: BaseException | None = None) -> None:
-    """Log something; what a program's handler raises changes nothing."""
-    try:
-        logging.getLogger(logger).log(level, text, exc_info=error)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
-        pass
+def _tell(text: str, level: int = logging.WARNING, loggers: str = f"{_JOB_LOG} {_USER}") -> None:
+    """Tell ``job.log`` and the user; what the log handlers of a program raise changes nothing."""
+    # Warnings go to standard error: standard output may be the job's results.
+    for logger in loggers.split():
+        try:
+            logging.getLogger(logger).log(level, text, exc_info=level >= logging.ERROR)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            pass

@@ -31,7 +31,6 @@ _TEST = re.compile(rb"\0task-run(?:\0[^\0]*)*?\0-j\0([^\0]+)")
 _INTERPRETER = re.compile(r"python[0-9.]*|(?:ba|da|k)?sh")
 # A command by itself, to which aexpect adds the second part.
 _COMMAND = re.compile(r"(?P<program>[^\s;&|`$()]+)[^;&|`$\n]*(?:&& echo \w+ > /dev/null)?")
-
 # Threads that change the variable at once would lose each other's changes.
 _environ_lock = threading.Lock()
 
@@ -46,11 +45,7 @@ class Process:
     marks: set[str]  # the names of the locks that it is marked with
     test_of: str  # the id of the job whose test it runs; empty if it runs none
     is_around: bool  # whether it has started this process, at whatever remove
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether nobody can tell what it is: it hangs in an exec, or at its end."""
-        return not self.marks and not self.test_of
+    is_blank: bool  # whether nobody can tell what it is: it hangs in an exec, or at its end
 
 
 def marks() -> set[str]:
@@ -65,61 +60,55 @@ INHERITED = marks()
 def mark(name: str) -> None:
     """Mark this process, and so all that it starts from now on."""
     with _environ_lock:
-        os.environ[VARIABLE] = ":".join(sorted(marks() | {name}))
+        os.environ[VARIABLE] = ":".join([*marks(), name])
 
 
 def unmark(name: str) -> None:
     """Take a mark back from this process; what has inherited it keeps it."""
     with _environ_lock:
-        os.environ[VARIABLE] = ":".join(sorted(marks() - {name}))
+        os.environ[VARIABLE] = ":".join(marks() - {name})
         if not marks():
             del os.environ[VARIABLE]
 
 
 class Look:
-    """A look at all processes but this one, as far as it has got.
-
-    :raises RuntimeError: when there can be no more threads
-    """
+    """A look at all processes but this one, as far as it has got."""
 
     def __init__(self) -> None:
         self.processes: list[Process] = []  # those that may be of a job
         self.is_settled = False  # whether these are all, since none has ended unseen
-        self.hanging = ""  # the PID of one that does not answer
         self.error = ""  # why none can be seen, in the words of the system
-        self.sees_others = os.geteuid() == 0  # whether command lines of other users can be seen
-        self.is_denied = False  # whether there are environments that cannot
+        self.sees_others = os.geteuid() == 0  # whether command lines of others can be seen
+        self.is_denied = False  # whether some environments cannot
         self._pid = ""
         self._done: set[str] = set()
-        self._around: set[int] = set()
+        self._around: set[str] = set()
         self._blank_since: dict[tuple[str, int], float] = {}
         # In a thread, to leave it behind: who reads the environment of a process waits while its
         # memory changes, and that may wait for storage that is dead.
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         thread.join(LOOK_TIMEOUT)
-        if thread.is_alive():
-            self.hanging = self._pid
+        self.hanging = self._pid if thread.is_alive() else ""  # the PID of one that does not answer
 
     def _run(self) -> None:
         try:
             # Not getpid(): this /proc may show another PID namespace.
             pid = os.readlink("/proc/self")
-            self._done = {pid}
-            while pid != "0" and int(pid) not in self._around:
-                self._around.add(int(pid))
-                pid = str(_Stat(pid).parent)
+            self._done.add(pid)
+            while pid != "0":
+                pid = _Stat(pid).parent
+                self._around.add(pid)
             deadline = time.monotonic() + SETTLE_TIMEOUT
+            # What has ended unseen may have started another one, which only the next round shows.
             while not self.is_settled and time.monotonic() < deadline:
-                self.is_settled = self._round()
+                self.is_settled = self._look_at_all()
+                time.sleep(0 if self.is_settled else PAUSE)
         except OSError as error:
             self.error = error.strerror or repr(error)
 
-    def _round(self) -> bool:
-        """Look at all that have not been looked at; return whether that is all there is.
-
-        One that has ended unseen may have started another one, which only the next round shows.
-        """
+    def _look_at_all(self) -> bool:
+        """Look at what has not been looked at; return whether that is all there is."""
         is_all = True
         there = {name for name in os.listdir("/proc") if name.isdigit()}
         # What is gone may have left its PID to another one.
@@ -130,20 +119,14 @@ class Look:
                 is_all &= self._look_at(pid)
             except (FileNotFoundError, ProcessLookupError):
                 is_all = False
-        if not is_all:
-            time.sleep(PAUSE)
         return is_all
 
     def _look_at(self, pid: str) -> bool:
-        """Look at a process; return whether it need not be looked at again.
-
-        :raises FileNotFoundError: when it has ended
-        :raises ProcessLookupError: when it has ended
-        """
+        """Look at a process, unless it has ended; return whether that is all there is of it."""
         stat = _Stat(pid)
         if stat.has_ended:
             self._done.add(pid)
-            raise ProcessLookupError
+            return False
         command, environ = _read(pid, "cmdline"), _read(pid, "environ")
         is_blank = False
         if environ == b"" and not stat.is_kernel_thread:
@@ -158,17 +141,14 @@ class Look:
         self._done.add(pid)
         self.is_denied |= environ is None
         self.sees_others |= environ is None and command is not None
-        names, test = _MARKS.search(environ or b""), _TEST.search(command or b"")
+        marked, test = _MARKS.search(environ or b""), _TEST.search(command or b"")
         words = os.fsdecode(command or b"").split("\0")[:-1]
-        if (names or test or is_blank) and not _is_helper(words, stat.age):
-            process = Process(
-                pid=int(pid),
-                command=" ".join(words) or f"[{stat.name}]",
-                uid=os.stat(f"/proc/{pid}").st_uid,
-                marks=set(os.fsdecode(names[1]).split(":")) if names else set(),
-                test_of=os.fsdecode(test[1]).lower() if test else "",
-                is_around=int(pid) in self._around,
-            )
+        if (marked or test or is_blank) and not _is_helper(words, stat.age):
+            names = set(os.fsdecode(marked[1]).split(":")) if marked else set()
+            test_of = os.fsdecode(test[1]).lower() if test else ""
+            uid, is_around = os.stat(f"/proc/{pid}").st_uid, pid in self._around
+            text = " ".join(words) or f"[{stat.name}]"
+            process = Process(int(pid), text, uid, names, test_of, is_around, is_blank)
             self.processes.append(process)
         return True
 
@@ -206,18 +186,14 @@ class _Stat:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             # The name, in parentheses, may hold anything.
             head, _, tail = os.fsdecode(file.read()).rpartition(")")
-        state, *fields = tail.split()
+        state, self.parent, *fields = tail.split()
+        flags, threads, self.started = (int(fields[index]) for index in (4, 15, 17))
         self.name = head.partition("(")[2]
-        self.parent, flags, threads, self.started = (int(fields[at]) for at in (0, 5, 16, 18))
         self.is_kernel_thread = bool(flags & 0x00200000)
         # One of which the first thread alone has ended looks like a zombie.
         self.has_ended = state in ("Z", "X") and threads <= 1
-
-    @property
-    def age(self) -> float:
-        """For how long it has run, in seconds."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        return now - self.started / os.sysconf("SC_CLK_TCK")
+        self.age = now - self.started / os.sysconf("SC_CLK_TCK")  # in seconds
 
 
 def _read(place: str, what: str) -> bytes | None:
