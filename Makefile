@@ -14,7 +14,7 @@ export PRE_COMMIT_HOME := $(CURDIR)/.cache/pre-commit
 .NOTPARALLEL:
 SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
 
-.PHONY: help demo check lint docs test guests stress bench matrix clean
+.PHONY: help demo check lint docs test guests stress bench matrix rpm clean
 
 help:  ## List these targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,8 +50,15 @@ matrix:  ## Run the tests on each Python that is supported and there.
 	done; \
 	if [ "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
 
+rpm: $(VENV)/made  ## Build RPMs in rpmbuild, where the program of that name is.
+	rm -rf rpmbuild
+	$(VENV)/bin/python -m build --no-isolation --sdist --outdir rpmbuild/SOURCES
+	rpmbuild -ba --nodeps --quiet --define '_topdir $(CURDIR)/rpmbuild' \
+		--define '__python3 $(abspath $(VENV))/bin/python' packaging/*.spec
+	rm -rf *.egg-info
+
 clean:  ## Remove what the other targets make.
-	rm -rf .venv .venv-* build dist docs/_build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist rpmbuild docs/_build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/made: AVOCADO := 113
 $(VENV)/made: GROUP := dev
