@@ -1,57 +1,70 @@
 # Everything runs in environments of its own, made from PyPI: nothing is installed elsewhere.
 PYTHON ?= python3
-# Interpreters for the matrix besides those on the PATH.
-PYTHONS ?= $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python)
+# The environment with the newest Avocado; the one with the oldest lies beside it.
+VENV ?= .venv
+OLDEST := $(VENV)-103
+# The tests that run on the oldest Avocado too.
+OLDEST_TESTS := tests/test_plugin.py tests/test_endings.py tests/test_waiting.py
+# The interpreters of the matrix: those of pyenv, or else those on the PATH.
+PYENV_ROOT ?= $(HOME)/.pyenv
+PYTHONS ?= $(foreach version,3.9 3.10 3.11 3.12 3.13,$(firstword \
+	$(wildcard $(PYENV_ROOT)/versions/$(version).*/bin/python) $(shell command -v python$(version) 2> /dev/null)))
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
-export VIRTUALENV_OVERRIDE_APP_DATA := $(CURDIR)/.cache/virtualenv
+export PRE_COMMIT_HOME := $(CURDIR)/.cache/pre-commit
 .NOTPARALLEL:
 SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
 
-.PHONY: help demo check lint types docs test guests stress bench matrix clean
+.PHONY: help demo check lint docs test guests stress bench matrix rpm clean
 
 help:  ## List these targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: .venv/made  ## See the lock at work with real jobs.
-	.venv/bin/python tests/demo.py
+demo: $(VENV)/made  ## See the lock at work with real jobs.
+	$(VENV)/bin/python tests/demo.py
 
-check: lint types docs test  ## Run all that CI runs.
+check: lint docs test  ## Run all that CI runs.
 
-lint: .venv/made  ## Check style and formatting.
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
+lint: $(VENV)/made  ## Check and repair style, spelling and formats, and check types, as before a commit.
+	$(VENV)/bin/pre-commit run --all-files --show-diff-on-failure
 
-types: .venv/made  ## Check types.
-	.venv/bin/mypy
+docs: $(VENV)/made  ## Build the manual in docs/_build/html.
+	$(VENV)/bin/sphinx-build -q -W --keep-going -E -b html docs docs/_build/html
 
-docs: .venv/made  ## Build the manual in docs/_build/html.
-	.venv/bin/sphinx-build -q -W --keep-going -E -b html docs docs/_build/html
+test: $(VENV)/made $(OLDEST)/made  ## Run the tests, and those of the plugin once more on Avocado 103.0.
+	$(VENV)/bin/pytest
+	$(OLDEST)/bin/pytest $(OLDEST_TESTS)
 
-test: .venv/made .venv-103/made  ## Run the tests, and those of the plugin once more on Avocado 103.0.
-	.venv/bin/pytest
-	.venv-103/bin/pytest tests/test_plugin.py tests/test_endings.py tests/test_waiting.py
+guests: $(VENV)/made  ## Run every ending of a job with real QEMU guests: a quarter of an hour.
+	$(VENV)/bin/pytest --capture=no tests/guests/test_guests.py tests/guests/all_endings.py
 
-guests: .venv/made  ## Run every ending of a job with real QEMU guests: a quarter of an hour.
-	.venv/bin/pytest --capture=no tests/guests/test_guests.py tests/guests/all_endings.py
+stress: $(VENV)/made  ## Run the tests of the lock and of many jobs with 100 times the rounds: hours.
+	$(VENV)/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_jobs.py
 
-stress: .venv/made  ## Run the tests of the lock and of many jobs with 100 times the rounds: hours.
-	.venv/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_jobs.py
+bench: $(VENV)/made  ## Measure the lock beside others, and make the page docs/figures.rst of it.
+	$(VENV)/bin/python benchmarks/bench.py
 
-bench: .venv/made  ## Measure the lock beside others, and make the page docs/figures.rst of it.
-	.venv/bin/python benchmarks/bench.py
+matrix:  ## Run the tests on each Python that is supported and there.
+	@for python in $(PYTHONS); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+		$(MAKE) test PYTHON=$$python VENV=.venv-$$version GROUP=test || failed="$$failed $$python"; \
+	done; \
+	if [ "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
 
-matrix: .venv/made  ## Run the tests on each Python and Avocado that is supported and there.
-	.venv/bin/tox run $(if $(PYTHONS),--discover $(PYTHONS)) $(TOX_ARGS)
-	rm -rf build *.egg-info
+rpm: $(VENV)/made  ## Build RPMs in rpmbuild, where the program of that name is.
+	rm -rf rpmbuild
+	$(VENV)/bin/python -m build --no-isolation --sdist --outdir rpmbuild/SOURCES
+	rpmbuild -ba --nodeps --quiet --define '_topdir $(CURDIR)/rpmbuild' \
+		--define '__python3 $(abspath $(VENV))/bin/python' packaging/*.spec
+	rm -rf *.egg-info
 
 clean:  ## Remove what the other targets make.
-	rm -rf .venv .venv-* build dist docs/_build *.egg-info .cache .tox .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist rpmbuild docs/_build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
 
-.venv/made: AVOCADO := 113
-.venv/made: GROUP := dev
-.venv-103/made: AVOCADO := 103
-.venv-103/made: GROUP := test
-.venv/made .venv-103/made: $(SOURCES) tests/avocado-103.txt tests/avocado-113.txt tests/netifaces/pyproject.toml
+$(VENV)/made: AVOCADO := 113
+$(VENV)/made: GROUP := dev
+$(OLDEST)/made: AVOCADO := 103
+$(OLDEST)/made: GROUP := test
+$(VENV)/made $(OLDEST)/made: $(SOURCES) tests/avocado-103.txt tests/avocado-113.txt tests/netifaces/pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --upgrade pip
 	$(@D)/bin/pip install --quiet --no-deps --requirement tests/avocado-$(AVOCADO).txt

@@ -50,7 +50,7 @@ def build(directory: Path) -> tuple[list[Path], str]:
         if path.is_file():
             shutil.copy(path, source)
     ignore = shutil.ignore_patterns("__pycache__", "_build")
-    for name in ("avocado_vt_joblock", "benchmarks", "docs", "etc", "tests"):
+    for name in ("avocado_vt_joblock", "benchmarks", "docs", "etc", "packaging", "tests"):
         shutil.copytree(PROJECT / name, source / name, ignore=ignore)
     dist = directory / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source]
