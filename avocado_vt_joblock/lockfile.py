@@ -105,7 +105,7 @@ def judge_ended(files: list[LockFile], tests_only: bool = False) -> None:
     look = Look() if files else None
     for file in files:
         assert look
-        for process in list(look.processes):
+        for process in sorted(look.processes, key=lambda process: process.pid):
             # Users can give two jobs the same id: the marks know better.
             is_its_test = process.test_of == file.job_id and not process.marks
             may_be_its = process.is_blank and process.uid == file.uid

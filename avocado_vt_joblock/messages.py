@@ -19,7 +19,6 @@ from avocado_vt_joblock.processes import VARIABLE
 PROCESS_LIMIT, COMMAND_LIMIT = 20, 160
 
 FAILURE = "Failure trying to set Avocado-VT job lock: "
-_NO_SOLUTION = "To remove the file is no solution: jobs at once destroy each other's images."
 _REASONS = {
     Reason.SYSTEM: "{}",
     Reason.NO_PID: "there is no PID in it",
@@ -90,13 +89,14 @@ then {_who(file)} can remove it:
     rm {shlex.quote(file.path)}"""
     wait = f"set a longer {TIMEOUT}" if error.waited else f"set {TIMEOUT} to have this one wait"
     waited = f"out of time after {duration(error.waited)}: " if error.waited else ""
-    text = f"{waited}{describe(file)}\n{_NO_SOLUTION}"
+    text = f"{waited}{describe(file)}"
     if file.state is State.NOT_NOW:
-        return f"{text}\nStart this job again, or {wait}."
-    if file.processes:
-        return text
-    if file.state is State.LIVE:
+        text += f"\nStart this job again, or {wait}."
+    elif file.state is State.LIVE and not file.processes:
         text += f"\nWait until that job is done, or {wait}."
+    text += "\nTo remove the file is no solution: jobs at once destroy each other's images."
+    if file.processes or file.state is State.NOT_NOW:
+        return text
     return f"""{text}
 Only if your jobs share no guest images and other files with that one, give them a lock directory
 of their own: {DIR}."""
@@ -143,15 +143,15 @@ def _left(file: LockFile) -> str:
 This job was started by {process.pid}, which that job has left. If it is your shell, then end it, or
 put a new one in its place: exec env -u {VARIABLE} bash"""
     if has_test or file.reason or any(process.is_blank for process in file.processes):
-        text += "\nA test is among them." if has_test else ""
+        test = "A test is among them. It" if has_test else "A test"
         return f"""{text}
-A test may be cleaning up and restoring images: wait some minutes. To look at them again:
+{test} may be cleaning up and restoring images: wait some minutes. To look again:
     ps -o pid,user,stat,etime,args -p {",".join(pids)}"""
     return f"""{text}
 No test is among them that could end a guest and restore images.
 If these processes still run after one minute, {_who(file)} must end them, and check the images:
     kill {" ".join(pids)}
-What shall not count, an agent for example, is started by: env -u {VARIABLE} COMMAND"""
+To start something that shall not count, an agent for example: env -u {VARIABLE} COMMAND"""
 
 
 def _system_error(error: OSError, directory: object) -> str:
