@@ -135,8 +135,7 @@ class JobLock:
 
     def _look_at_others(self) -> list[LockFile]:
         """Judge all other locks, remove the stale ones, and give up where one is in the way."""
-        with os.scandir(self._directory) as entries:
-            names = {entry.name for entry in entries if lockfile.PREFIX in entry.name}
+        names = {name for name in os.listdir(self._directory) if lockfile.PREFIX in name}
         if self._name not in names:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
         self._remove_crashed(names)
