@@ -242,7 +242,7 @@ def _add_to_results(text: str, job: Job) -> None:
     why = {"fail_class": "JobError", "fail_reason": text.partition("\n")[0], "traceback": text}
     logs = {"logdir": job.logdir, "logfile": job.logfile, "time_elapsed": 0.0}
     job.result.check_test({**dict.fromkeys(times, time.time()), **state, **why, **logs})
-    job.status = "ERROR"
+    job.status = "INTERRUPTED"  # For one with ERROR there is no report in HTML.
 
 
 def _tell(text: str, level: int = logging.WARNING, loggers: str = f"{_JOB_LOG} {_USER}") -> None:

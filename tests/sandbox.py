@@ -35,6 +35,7 @@ class Sandbox:
         self.root = root
         self.home = root / "home"
         self.lock_dir = root / "locks"
+        self.plugins = root / "plugins"
         self.config = self.home / ".config/avocado/avocado.conf"
         self.processes: list[subprocess.Popen[str]] = []
         self.prefix: list[str] = []
@@ -75,6 +76,7 @@ class Sandbox:
             "LC_ALL": "C.UTF-8",
             "TMPDIR": str(self.root),
             "PYTHONFAULTHANDLER": "1",
+            "PYTHONPATH": str(self.plugins),
         }
 
     def locks(self) -> list[Path]:
@@ -110,9 +112,26 @@ class Sandbox:
         assert code == 0, text
         return text
 
-    def vt_test(self, name: str, outcome: str = "pass", guest: bool = False) -> VTTest:
+    def vt_test(self, name: str, **parameters: str) -> VTTest:
         """Make a VT test."""
-        return VTTest(self, name, outcome, guest)
+        return VTTest(self, name, **parameters)
+
+    def plugin(self, name: str, source: str, **entry_points: str) -> None:
+        """Install a plugin of Avocado in this sandbox.
+
+        :param name: of its module
+        :param source: of its module
+        :param entry_points: the names of its classes by the kind of plugin, with a _ for a dot
+        """
+        info = self.plugins / f"{name}-1.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (self.plugins / f"{name}.py").write_text(source)
+        groups = [
+            f"[avocado.plugins.{kind.replace('__', '.')}]\n{name} = {name}:{where}\n"
+            for kind, where in entry_points.items()
+        ]
+        (info / "entry_points.txt").write_text("\n".join(groups))
 
     def run(
         self, *tests: VTTest | Path, options: Sequence[str] = (), **popen: object
@@ -134,6 +153,15 @@ class Sandbox:
         """Start a job by the Job API with a suite for each test."""
         words = [json.dumps({"job": config, "suites": suites or {}}), *recipes(tests)]
         return self.popen(self.python, HERE / "job_api.py", *words, **popen)
+
+    def changed(self, change: str, *tests: VTTest | Path, **popen: object) -> subprocess.Popen[str]:
+        """Start a job in a Python in which something has been changed before.
+
+        :param change: the source; ``job_api`` can be imported there
+        """
+        head = f"import sys, avocado\nsys.path.append({str(HERE)!r})\nimport job_api\n"
+        script = f"{head}{change}\nsys.exit(job_api.main('{{}}', *sys.argv[1:]))\n"
+        return self.popen(self.python, "-c", script, *recipes(tests), **popen)
 
     def living(self) -> dict[int, bytes]:
         """The processes that were started here, at whatever remove, and have not ended.
@@ -165,19 +193,16 @@ class VTTest:
 
     :param sandbox: where it runs
     :param name: its name
-    :param outcome: ``pass``, ``fail`` or ``error``
-    :param guest: whether it leaves a process behind
+    :param parameters: as ``vt_provider/qemu/tests/hold.py`` describes them
     """
 
-    def __init__(
-        self, sandbox: Sandbox, name: str, outcome: str = "pass", guest: bool = False
-    ) -> None:
+    def __init__(self, sandbox: Sandbox, name: str, **parameters: str) -> None:
         self.sandbox = sandbox
         self.guest_pid = sandbox.root / f"{name}.guest"
         self.record = sandbox.root / f"{name}.record"
         self.until = sandbox.root / f"{name}.until"
         self.recipe = sandbox.root / f"{name}.json"
-        parameters = {
+        usual = {
             "name": name,
             "shortname": name,
             "vm_type": "qemu",
@@ -190,11 +215,13 @@ class VTTest:
             "nettype": "user",
             "record": str(self.record),
             "until": str(self.until),
-            "outcome": outcome,
-            "guest": str(self.guest_pid) if guest else "",
+            "outcome": "pass",
+            "guest": str(self.guest_pid),
+            "starts": "",
+            "runs": "",
         }
         self.recipe.write_text(
-            json.dumps({"kind": "avocado-vt", "uri": name, "kwargs": parameters})
+            json.dumps({"kind": "avocado-vt", "uri": name, "kwargs": {**usual, **parameters}})
         )
 
     def end(self) -> None:
