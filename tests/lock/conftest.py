@@ -1,15 +1,21 @@
+import contextlib
 import itertools
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from holders import job_id, logged
+from others import job_id
 
 from avocado_vt_joblock.lock import JobLock
 
 #: How long a test may take before it counts as a hang, in seconds, without --stress.
 HANG = 300
+#: What a process that is started does as a rule.
+WAIT = "import sys; print(flush=True); sys.stdin.read()"
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +44,6 @@ def directory():
 
 
 @pytest.fixture
-def warnings():
-    """What locks have warned of."""
-    with logged() as texts:
-        yield texts
-
-
-@pytest.fixture
 def new_lock(directory):
     """Make a lock of a job of its own; what is held at the end is released."""
     count = itertools.count(1)
@@ -57,3 +56,25 @@ def new_lock(directory):
     yield make
     for lock in made:
         lock.release()
+
+
+@pytest.fixture
+def start():
+    """Start a process that runs until the end of the test, with all that it starts."""
+    started = []
+
+    def start(*words, prefix=(), script=WAIT, command=(), **options):
+        """Wait until it has begun; that a command of its own has does not show."""
+        # Not in the checkout, whose package would be found first.
+        options = {"cwd": "/", "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **options}
+        line = command or [*prefix, sys.executable, "-c", script, *words]
+        started.append(subprocess.Popen(line, start_new_session=True, **options))
+        if not command:
+            started[-1].stdout.readline()
+        return started[-1]
+
+    yield start
+    for popen in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(popen.pid, signal.SIGKILL)
+        popen.communicate()

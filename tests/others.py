@@ -1,0 +1,158 @@
+"""Lock files and processes of others.
+
+As a script, ``others.py DIRECTORY [COMMAND...]``, it is such a process: it tries to take the lock,
+prints what came of it, starts the command in a session of its own, as avocado-vt's tests start
+guests, and holds the lock until its standard input ends.
+"""
+
+import contextlib
+import enum
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+from avocado_vt_joblock.lock import JobLock, LockInTheWayError
+from avocado_vt_joblock.processes import VARIABLE
+
+CONTENT = {"this package": b"%d\n\n", "avocado-vt": b"%d"}
+AN_HOUR = 3600
+
+_RUN = os.getpid()
+
+
+def names(directory):
+    """The names of the files in a directory."""
+    return sorted(os.listdir(directory))
+
+
+def job_id(number):
+    """The id of a job, which is no other's of a test run at the same time."""
+    return f"{_RUN:032x}{number:08x}"
+
+
+def lock_path(directory, number):
+    """Where a job's lock file lies."""
+    return directory / f"avocado-vt-joblock-{job_id(number)}-{os.getuid()}-{number:08x}.pid"
+
+
+@functools.cache
+def dead_pid():
+    """The PID of a process that is gone."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        return process.pid
+
+
+def leave_stale_lock(directory, number=0xDEAD, maker="this package", pid=None):
+    """Leave a lock file as it is after its maker was killed; a dead one's unless told."""
+    path = lock_path(directory, number)
+    path.write_bytes(CONTENT[maker] % (pid or dead_pid()))
+    # By its date it is stale even where a process of today has been given the PID.
+    date_back(path, AN_HOUR)
+    return path
+
+
+def date_back(path, seconds):
+    """Have a file look as if it was written earlier."""
+    when = time.time() - seconds
+    os.utime(path, (when, when))
+
+
+def contend(lock):
+    """Try to take a lock, and return what came of it.
+
+    The state is ``WON``, ``ERROR``, or that of the lock which was in the way.
+    """
+    try:
+        stale = lock.acquire()
+    except LockInTheWayError as error:
+        told = error.file
+    except OSError as error:
+        told = {"state": "ERROR", "errno": error.errno, "filename": error.filename}
+    else:
+        told = {"state": "WON", "path": lock.path, "stale": stale}
+    return json.loads(json.dumps(told, default=_plain), object_hook=lambda d: SimpleNamespace(**d))
+
+
+def _plain(value):
+    if isinstance(value, enum.Enum):
+        return value.name
+    return sorted(value) if isinstance(value, set) else vars(value)
+
+
+def pids(told):
+    """The PIDs of the processes that keep a lock live."""
+    return [process.pid for process in told.processes]
+
+
+def attempt(directory):
+    """Try to take the lock, give it up at once, and return what came of it."""
+    lock = JobLock(str(directory), job_id(os.getpid()))
+    told = contend(lock)
+    lock.release()
+    return told
+
+
+def attempt_as(uid, directory):
+    """Try to take the lock as another user, and return what came of it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            os.write(writer, json.dumps(attempt(directory), default=_plain).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer, object_hook=lambda d: SimpleNamespace(**d))
+
+
+@contextlib.contextmanager
+def process(directory, *prefix, starts=(), **options):
+    """A process that tries to take the lock and holds it until the end, or until it is killed.
+
+    :param prefix: a command to run it by
+    :param starts: a command that it starts
+    :return: its ``Popen``, which has what came of it as ``told``, and that one's PID as ``guest``
+    """
+    command = [*prefix, sys.executable, __file__, directory, *starts]
+    # It is not of a job that holds a lock here.
+    options = {"env": {**os.environ, VARIABLE: ""}, **options}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, **options) as popen:
+        line = popen.stdout.readline()
+        assert line, f"{command} exited with {popen.wait()}"
+        popen.told, popen.guest = json.loads(line, object_hook=lambda d: SimpleNamespace(**d))
+        yield popen
+        popen.stdin.close()
+        popen.stdout.read()
+
+
+def kill(popen):
+    """Kill a process, and wait until it and, of a prefix, its child are gone."""
+    popen.kill()
+    popen.stdout.read()
+    popen.wait()
+
+
+def main(directory, *command):
+    lock = JobLock(directory, job_id(os.getpid()))
+    told, guest = contend(lock), None
+    if command:
+        null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        guest = subprocess.Popen(command, **null, start_new_session=True).pid
+    print(json.dumps([told, guest], default=_plain), flush=True)
+    sys.stdin.read()
+    lock.release()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
