@@ -18,7 +18,7 @@ from faults import intercepted
 #: How often actors that all wait may look again in vain.
 PATIENCE = 20
 # What nobody else can tell whether it has been done.
-PRIVATE = {"write", "fchmod", "fstat", "read", "readlink"}
+PRIVATE = {"write", "fchmod", "fstat", "read", "readlink", "sleep"}
 
 
 class Step(NamedTuple):
@@ -65,14 +65,14 @@ def run_schedule(whats, schedule, pids=()):
 
     def hook(name, call):
         actor = greenlet.getcurrent()
-        if name == "sleep":
+        if name == "sleep" and call.args[0]:
             # It waits: in vain before somebody else has changed something.
             actor.waits = True
             director.switch()
             return None
         if name not in PRIVATE:
             director.switch()
-        if name in ("flock", "close", "unlink", "kill"):
+        if name in ("close", "unlink", "kill"):
             for other in actors:
                 other.waits = other.waits and other is actor
         return [entry for entry in call() if entry in visible] if name == "listdir" else call()

@@ -5,7 +5,6 @@ import fcntl
 import os
 import signal
 import stat
-import struct
 import subprocess
 import time
 from pathlib import Path
@@ -36,7 +35,6 @@ from others import (
 from sandbox import run_as
 
 from avocado_vt_joblock import lockfile, processes
-from avocado_vt_joblock.lockfile import take_kernel_lock
 from avocado_vt_joblock.processes import CLOCK_SLACK
 
 #: Longer than any machine is up.
@@ -207,7 +205,7 @@ def test_many(directory):
 LOCKS_OF_A_STRANGER = {
     "flock": lambda fd: fcntl.flock(fd, fcntl.LOCK_EX),
     "open file description lock": lambda fd: fcntl.fcntl(
-        fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)
+        fd, fcntl.F_OFD_SETLK, lockfile.whole_file(fcntl.F_RDLCK)
     ),
     "lock of the process": lambda fd: fcntl.lockf(fd, fcntl.LOCK_SH),
 }
@@ -224,7 +222,7 @@ def test_who_may_only_read_a_stale_lock_cannot_make_it_look_live(directory, kind
 def test_its_owner_can_make_a_stale_lock_look_live(directory):
     path = leave_stale_lock(directory)
     with path.open("r+") as file:
-        take_kernel_lock(file.fileno())
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, lockfile.whole_file(fcntl.F_WRLCK))
         assert judged(directory, path) == ("LIVE", None)
 
 

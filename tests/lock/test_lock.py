@@ -18,7 +18,7 @@ from needs import PID_NAMESPACE, needs_pid_namespaces
 from others import attempt, job_id, kill, leave_stale_lock, names, pids, process
 
 from avocado_vt_joblock import lock as lock_module
-from avocado_vt_joblock import processes
+from avocado_vt_joblock import lockfile, processes
 from avocado_vt_joblock.lock import JobLock
 
 JOB_ID = "0123456789abcdef0123456789abcdef01234567"
@@ -39,9 +39,8 @@ def variable_of(process):
 
 def is_locked(path):
     """Whether somebody has the kernel lock on a file."""
-    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0)
     with path.open() as file:
-        answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, question)
+        answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, lockfile.whole_file(fcntl.F_WRLCK))
     return struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
 
 

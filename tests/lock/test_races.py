@@ -5,135 +5,105 @@ import multiprocessing
 import os
 
 import pytest
-from holders import leave_stale_lock, logged
+from faults import intercepted
+from others import contend, job_id, leave_stale_lock, names
 
 from avocado_vt_joblock import lock
-from avocado_vt_joblock.lock import JobLock, LockHeldError
+from avocado_vt_joblock.lock import JobLock
 
 HANG = 60
 
 
-class Gate:
-    """Holds processes back and frees them at once: an exclusive flock against shared ones."""
-
-    def __init__(self, path):
-        path.touch()
-        self.path = path
-
-    def close(self):
-        self.fd = os.open(self.path, os.O_RDWR)
-        fcntl.flock(self.fd, fcntl.LOCK_EX)
-
-    def open(self):
-        os.close(self.fd)
-
-    def pass_through(self):
-        fd = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        os.close(fd)
-
-
-def contend(pipe, gate, directory, number):
+def take_part(pipe, gate, directory, number):
     """Take part in a round whenever told to, and tell how it ended."""
     while pipe.recv():
-        contender = JobLock(str(directory), f"{number:040x}")
+        contender = JobLock(str(directory), job_id(number))
         pipe.send("at the gate")
-        gate.pass_through()
-        with logged() as warnings:
-            try:
-                contender.acquire()
-            except LockHeldError as error:
-                pipe.send(error.holder.pid)
-            except BaseException as error:
-                pipe.send(repr(error))
-                raise
-            else:
-                pipe.send("won")
-                pipe.recv()
-                contender.release()
-                pipe.send(warnings)
+        with gate.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        told = contend(contender)
+        pipe.send((told.state, getattr(told, "pid", None)))
+        if told.state == "WON":
+            pipe.recv()
+            pipe.send(contender.release())
 
 
 @pytest.fixture
-def processes():
-    """Start processes that contend."""
+def race(directory, tmp_path):
+    """Free processes at once, which contend for the lock, and return how many have won."""
+    gate = tmp_path / "gate"
+    gate.touch()
     started = []
-
-    def start(count, gate, directory):
-        context = multiprocessing.get_context("fork")
-        pipes = []
-        for number in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=contend, args=(theirs, gate, directory, number))
-            process.start()
-            started.append(process)
-            theirs.close()
-            pipes.append(ours)
-        return pipes, [process.pid for process in started]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
-
-
-def race(pipes, pids, gate):
-    """Run a round, and return how many have won."""
 
     def hear(pipe):
         assert pipe.poll(HANG), "no answer"
         return pipe.recv()
 
-    gate.close()
-    for pipe in pipes:
-        pipe.send(True)
-    assert {hear(pipe) for pipe in pipes} == {"at the gate"}
-    gate.open()
-    answers = [hear(pipe) for pipe in pipes]
-    winners = [index for index, answer in enumerate(answers) if answer == "won"]
-    # The others know who it was, or met somebody who gave up as well.
-    assert {answer for answer in answers if answer != "won"} <= set(pids)
-    for index in winners:
-        pipes[index].send(None)
-        assert hear(pipes[index]) == []
-    return len(winners)
+    def race(count):
+        while len(started) < count:
+            context = multiprocessing.get_context("fork")
+            ours, theirs = context.Pipe()
+            arguments = (theirs, gate, directory, 100 + len(started))
+            process = context.Process(target=take_part, args=arguments)
+            process.start()
+            theirs.close()
+            started.append((process, ours))
+        pipes = [pipe for _, pipe in started]
+        with gate.open() as closed:
+            fcntl.flock(closed, fcntl.LOCK_EX)
+            for pipe in pipes:
+                pipe.send(True)
+            assert {hear(pipe) for pipe in pipes} == {"at the gate"}
+        answers = [hear(pipe) for pipe in pipes]
+        winners = [pipe for pipe, answer in zip(pipes, answers) if answer[0] == "WON"]
+        # The others know who it was, or met somebody who gave up as well.
+        others = [answer for answer in answers if answer[0] != "WON"]
+        assert set(others) <= {("LIVE", process.pid) for process, _ in started}
+        for pipe in winners:
+            pipe.send(None)
+            assert hear(pipe) is None
+        return len(winners)
+
+    yield race
+    for process, pipe in started:
+        process.kill()
+        process.join()
+        pipe.close()
 
 
-@pytest.mark.parametrize(("count", "usual"), [(2, 1000), (16, 200), (64, 50)])
-def test_exactly_one_wins(directory, tmp_path, processes, rounds, count, usual):
-    gate = Gate(tmp_path / "gate")
-    pipes, pids = processes(count, gate, directory)
+@pytest.mark.parametrize(("count", "usual"), [(2, 1000), (16, 300), (64, 30)])
+def test_exactly_one_wins(directory, race, rounds, count, usual):
     for number in rounds(usual):
-        assert race(pipes, pids, gate) == 1, f"round {number}"
-        assert list(directory.iterdir()) == []
+        assert race(count) == 1, f"round {number}"
+        assert names(directory) == []
 
 
-def test_exactly_one_wins_over_stale_locks(directory, tmp_path, processes, rounds):
-    gate = Gate(tmp_path / "gate")
-    pipes, pids = processes(8, gate, directory)
-    for number in rounds(200):
+def test_exactly_one_wins_over_stale_locks(directory, race, rounds):
+    for number in rounds(300):
         for stale in range(3):
-            leave_stale_lock(directory, number=stale)
-            leave_stale_lock(directory, number=10 + stale, maker="avocado-vt")
-        assert race(pipes, pids, gate) == 1, f"round {number}"
-        assert list(directory.iterdir()) == []
+            leave_stale_lock(directory, stale, ["this package", "avocado-vt"][stale % 2])
+        assert race(8) == 1, f"round {number}"
+        assert names(directory) == []
 
 
-@pytest.mark.parametrize(("count", "usual"), [(2, 1000), (8, 200), (16, 100)])
-def test_never_two_without_the_guard(
-    directory, tmp_path, processes, monkeypatch, rounds, count, usual
-):
+def test_never_two_without_the_guard(directory, race, monkeypatch, rounds):
     monkeypatch.setattr(lock, "GUARD_TIMEOUT", -1)
+    winners = set()
+    # On few processors hardly anything happens at once of itself.
+    with intercepted(lambda name, call: (os.sched_yield(), call())[1]):
+        for number in rounds(200):
+            stale = leave_stale_lock(directory)
+            winners.add(race(8))
+            assert max(winners) <= 1, f"round {number}"
+            assert set(names(directory)) <= {stale.name}
+    # Else there was no race.
+    assert winners == {0, 1}
+
+
+def test_stranger_who_keeps_the_guard(directory, new_lock):
+    """It makes nobody wait for long, nor keeps anybody out."""
     stranger = os.open(directory, os.O_RDONLY)
     fcntl.flock(stranger, fcntl.LOCK_EX)
-    gate = Gate(tmp_path / "gate")
-    pipes, pids = processes(count, gate, directory)
-    winners = []
-    for number in rounds(usual):
-        leave_stale_lock(directory)
-        winners.append(race(pipes, pids, gate))
-        assert winners[-1] <= 1, f"round {number}"
-        assert not [path for path in directory.iterdir() if "dead" not in path.name]
+    assert contend(new_lock()).state == "WON"
+    assert contend(new_lock()).state == "LIVE"
     os.close(stranger)
-    # Else there was no race.
-    assert 1 in winners
