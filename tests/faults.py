@@ -1,11 +1,9 @@
-"""Stand between the lock and the system: to count its calls, stop at them, or have them fail.
-
-``count(lock.acquire)`` lists the system calls that taking a lock makes. ::
+"""Stand between the lock and the system: to count its calls, stop at them, or have them fail. ::
 
     with intercepted(at_call(3, lambda name, call: os._exit(1))):
         lock.acquire()
 
-dies at the fourth.
+dies at the fourth system call.
 """
 
 import contextlib
@@ -14,18 +12,13 @@ import functools
 import itertools
 import os
 import time
-from pathlib import Path
 
 from avocado_vt_joblock import lock, lockfile, processes
 
 # What it does beyond these is to read files of /proc.
 CALLS = {
-    os: {
-        *("open", "write", "fchmod", "rename", "scandir", "listdir", "fstat"),
-        *("read", "close", "unlink", "kill", "readlink", "lstat"),
-    },
-    fcntl: {"flock", "fcntl"},
-    time: {"sleep"},
+    *("open", "write", "fchmod", "rename", "scandir", "listdir", "fstat", "read", "close"),
+    *("unlink", "kill", "readlink", "lstat", "flock", "fcntl", "sleep"),
 }
 
 
@@ -33,16 +26,13 @@ class _Module:
     """A module whose system calls go through a hook."""
 
     def __init__(self, real, hook):
-        self._real = real
-        self._hook = hook
+        self._real, self._hook = real, hook
 
     def __getattr__(self, name):
         value = getattr(self._real, name)
-        if name in CALLS[self._real]:
-            return lambda *args, **options: self._hook(
-                name, functools.partial(value, *args, **options)
-            )
-        return value
+        if name not in CALLS:
+            return value
+        return lambda *args, **options: self._hook(name, functools.partial(value, *args, **options))
 
 
 @contextlib.contextmanager
@@ -51,57 +41,48 @@ def intercepted(hook):
 
     :param hook: called with the name of the system call, and with what does and returns it
     """
-    replaced = [
-        (room, module)
-        for room in (lock, lockfile, processes)
-        for module in CALLS
-        if hasattr(room, module.__name__)
-    ]
-    for room, module in replaced:
-        setattr(room, module.__name__, _Module(module, hook))
+    rooms, modules = (lock, lockfile, processes), (os, fcntl, time)
+    for room, module in itertools.product(rooms, modules):
+        if hasattr(room, module.__name__):
+            setattr(room, module.__name__, _Module(module, hook))
     try:
         yield
     finally:
-        for room, module in replaced:
-            setattr(room, module.__name__, module)
+        for room, module in itertools.product(rooms, modules):
+            if hasattr(room, module.__name__):
+                setattr(room, module.__name__, module)
+
+
+def only(pids, call):
+    """Do a system call; of the processes, of which others come and go, show these."""
+    found = call()
+    if call.args == ("/proc",):
+        return [name for name in found if name in {"self", *map(str, pids)}]
+    return found
 
 
 def count(what):
     """The names of the system calls that something makes."""
     calls = []
-
-    def hook(name, call):
-        calls.append(name)
-        return _alone(name, call)
-
-    with intercepted(hook):
+    with intercepted(lambda name, call: (calls.append(name), only([os.getpid()], call))[1]):
         what()
     return calls
 
 
 def at_call(number, instead):
-    """Make a hook that has one system call done in another way.
-
-    :param number: which one, from 0 on
-    :param instead: called as a hook is
-    """
+    """Make a hook that has one system call, from 0 on, done in another way."""
     numbers = itertools.count()
 
     def hook(name, call):
-        return instead(name, call) if next(numbers) == number else _alone(name, call)
+        return instead(name, call) if next(numbers) == number else only([os.getpid()], call)
 
     return hook
-
-
-def _alone(name, call):
-    """Do a system call; other processes than this one come and go, and are not shown."""
-    return [str(os.getpid())] if name == "listdir" else call()
 
 
 def descriptors():
     """The open descriptors of this process, with what they refer to."""
     found = {}
-    for entry in Path("/proc/self/fd").iterdir():
+    for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
-            found[entry.name] = os.readlink(entry)
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
     return found

@@ -9,6 +9,7 @@ import contextlib
 import enum
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from avocado_vt_joblock.processes import VARIABLE
 
 CONTENT = {"this package": b"%d\n\n", "avocado-vt": b"%d"}
 AN_HOUR = 3600
-
 _RUN = os.getpid()
 
 
@@ -46,35 +46,24 @@ def dead_pid():
         return process.pid
 
 
-def leave_stale_lock(directory, number=0xDEAD, maker="this package", pid=None):
+def leave_stale_lock(directory, number=0xDEAD, maker="this package", pid=None, age=AN_HOUR):
     """Leave a lock file as it is after its maker was killed; a dead one's unless told."""
     path = lock_path(directory, number)
     path.write_bytes(CONTENT[maker] % (pid or dead_pid()))
     # By its date it is stale even where a process of today has been given the PID.
-    date_back(path, AN_HOUR)
+    os.utime(path, (time.time() - age,) * 2)
     return path
 
 
-def date_back(path, seconds):
-    """Have a file look as if it was written earlier."""
-    when = time.time() - seconds
-    os.utime(path, (when, when))
-
-
 def contend(lock):
-    """Try to take a lock, and return what came of it.
-
-    The state is ``WON``, ``ERROR``, or that of the lock which was in the way.
-    """
+    """Try to take a lock; its state is ``WON``, ``ERROR``, or that of the one in the way."""
     try:
-        stale = lock.acquire()
+        told = {"state": "WON", "stale": lock.acquire(), "path": lock.path}
     except LockInTheWayError as error:
         told = error.file
     except OSError as error:
         told = {"state": "ERROR", "errno": error.errno, "filename": error.filename}
-    else:
-        told = {"state": "WON", "path": lock.path, "stale": stale}
-    return json.loads(json.dumps(told, default=_plain), object_hook=lambda d: SimpleNamespace(**d))
+    return _parse(json.dumps(told, default=_plain))
 
 
 def _plain(value):
@@ -83,9 +72,13 @@ def _plain(value):
     return sorted(value) if isinstance(value, set) else vars(value)
 
 
+def _parse(text):
+    return json.loads(text, object_hook=lambda pairs: SimpleNamespace(**pairs))
+
+
 def pids(told):
     """The PIDs of the processes that keep a lock live."""
-    return [process.pid for process in told.processes]
+    return {process.pid for process in told.processes}
 
 
 def attempt(directory):
@@ -97,22 +90,9 @@ def attempt(directory):
 
 
 def attempt_as(uid, directory):
-    """Try to take the lock as another user, and return what came of it."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(uid)
-            os.setuid(uid)
-            os.write(writer, json.dumps(attempt(directory), default=_plain).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    return json.loads(answer, object_hook=lambda d: SimpleNamespace(**d))
+    """The same as another user."""
+    with multiprocessing.get_context("fork").Pool(1, os.setuid, (uid,)) as pool:
+        return pool.apply(attempt, (directory,))
 
 
 @contextlib.contextmanager
@@ -125,12 +105,10 @@ def process(directory, *prefix, starts=(), **options):
     """
     command = [*prefix, sys.executable, __file__, directory, *starts]
     # It is not of a job that holds a lock here.
-    options = {"env": {**os.environ, VARIABLE: ""}, **options}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    options = {"env": {**os.environ, VARIABLE: ""}, "text": True, **options}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, **options) as popen:
-        line = popen.stdout.readline()
-        assert line, f"{command} exited with {popen.wait()}"
-        popen.told, popen.guest = json.loads(line, object_hook=lambda d: SimpleNamespace(**d))
+        popen.told, popen.guest = _parse(popen.stdout.readline())
         yield popen
         popen.stdin.close()
         popen.stdout.read()

@@ -1,5 +1,4 @@
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
@@ -12,8 +11,6 @@ from others import job_id
 
 from avocado_vt_joblock.lock import JobLock
 
-#: How long a test may take before it counts as a hang, in seconds, without --stress.
-HANG = 300
 #: What a process that is started does as a rule.
 WAIT = "import sys; print(flush=True); sys.stdin.read()"
 
@@ -21,15 +18,10 @@ WAIT = "import sys; print(flush=True); sys.stdin.read()"
 @pytest.fixture(autouse=True)
 def no_hang(request):
     """Fail what hangs."""
-
-    def fail(signum, frame):
-        pytest.fail("it hangs")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(HANG * request.config.getoption("--stress"))
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(300 * request.config.getoption("--stress"))
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
@@ -46,11 +38,10 @@ def directory():
 @pytest.fixture
 def new_lock(directory):
     """Make a lock of a job of its own; what is held at the end is released."""
-    count = itertools.count(1)
     made = []
 
     def make(job=None, where=directory):
-        made.append(JobLock(str(where), job or job_id(next(count))))
+        made.append(JobLock(str(where), job or job_id(len(made) + 1)))
         return made[-1]
 
     yield make
@@ -59,16 +50,25 @@ def new_lock(directory):
 
 
 @pytest.fixture
+def held(new_lock):
+    """A lock that is held."""
+    lock = new_lock()
+    lock.acquire()
+    return lock
+
+
+@pytest.fixture
 def start():
     """Start a process that runs until the end of the test, with all that it starts."""
     started = []
 
-    def start(*words, prefix=(), script=WAIT, command=(), **options):
+    def start(*words, prefix=(), script=WAIT, command=(), env=(), **options):
         """Wait until it has begun; that a command of its own has does not show."""
+        line = command or [*prefix, sys.executable, "-c", script, *words]
         # Not in the checkout, whose package would be found first.
         options = {"cwd": "/", "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **options}
-        line = command or [*prefix, sys.executable, "-c", script, *words]
-        started.append(subprocess.Popen(line, start_new_session=True, **options))
+        options.update(env={**os.environ, **dict(env)}, start_new_session=True)
+        started.append(subprocess.Popen(line, **options))
         if not command:
             started[-1].stdout.readline()
         return started[-1]

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 from faults import at_call, count, descriptors, intercepted
@@ -20,29 +19,47 @@ DIED = 77
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EINTR, errno.ENOLCK]
 
 
-def leave_nothing(directory):
-    pass
-
-
 def leave_both(directory):
     """Leave a lock that is judged by its processes, and one that is judged by its PID."""
     for number, maker in enumerate(["this package", "avocado-vt"]):
         leave_stale_lock(directory, number, maker)
 
 
-before = pytest.mark.parametrize("before", [leave_nothing, leave_both])
+def begin(directory, new_lock, phase, stale):
+    """Make a lock, and what takes it or gives it back."""
+    if stale:
+        leave_both(directory)
+    lock = new_lock()
+    if phase == "release":
+        lock.acquire()
+    return lock, getattr(lock, phase)
 
 
-def remove_unpublished(directory):
-    """Remove what a later job would remove; there is nothing else."""
+def calls_of(directory, new_lock, phase, stale):
+    """The system calls of that."""
+    lock, what = begin(directory, new_lock, phase, stale)
+    calls = count(what)
+    lock.release()
+    return calls
+
+
+def assert_free(directory, calls):
+    """The next job gets the lock at once; what is left then is unpublished, and a later job's."""
+    assert attempt(directory).state == "WON", calls
     for path in directory.iterdir():
-        assert path.name.startswith(".")
+        assert path.name.startswith("."), calls
         path.unlink()
 
 
-def dies_at(number, after, what):
-    """Do something in a child that dies at a system call; return whether it came to that."""
+phases = pytest.mark.parametrize("phase", ["acquire", "release"])
+stales = pytest.mark.parametrize("stale", [False, True], ids=["empty", "stale"])
+afters = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 
+
+@phases
+@stales
+@afters
+def test_death(directory, new_lock, phase, stale, after):
     def die(name, call):
         try:
             if after:
@@ -50,39 +67,16 @@ def dies_at(number, after, what):
         finally:
             os._exit(DIED)
 
-    child = os.fork()
-    if child == 0:
-        try:
+    calls = calls_of(directory, new_lock, phase, stale)
+    for number in range(len(calls)):
+        child = os.fork()
+        if child == 0:
+            _, what = begin(directory, new_lock, phase, stale)
             with intercepted(at_call(number, die)):
                 what()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) == DIED
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@before
-def test_death(directory, new_lock, before, after):
-    """The next job gets the lock at once, and what is left then is unpublished."""
-
-    def live():
-        lock = new_lock()
-        lock.acquire()
-        lock.release()
-
-    before(directory)
-    calls = count(live)
-    left = set()
-    for number in range(len(calls)):
-        before(directory)
-        assert dies_at(number, after, live)
-        left |= {name.partition("-")[0] for name in names(directory)}
-        assert attempt(directory).state == "WON", calls[: number + 1]
-        remove_unpublished(directory)
-    assert not dies_at(len(calls), after, live)
-    # Deaths that left nothing behind would show nothing.
-    assert left == {".avocado", "avocado"}
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == DIED
+        assert_free(directory, calls[: number + 1])
 
 
 def failing(code):
@@ -96,20 +90,15 @@ def failing(code):
     return fail
 
 
+@stales
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
-@before
-def test_error_of_acquire(directory, new_lock, before, code):
+def test_error_of_acquire(directory, new_lock, stale, code):
     """The lock is taken properly, or the error is told and nothing is left."""
     # The guard may be missing, a stale lock may stay, and a PID may be that of a process here.
     may_fail = {"flock", "unlink", "readlink", "kill"}
-    before(directory)
-    lock = new_lock()
-    calls = count(lock.acquire)
-    lock.release()
-    for number, name in enumerate(calls):
-        before(directory)
+    for number, name in enumerate(calls_of(directory, new_lock, "acquire", stale)):
         opened = descriptors()
-        lock = new_lock()
+        lock, _ = begin(directory, new_lock, "acquire", stale)
         with intercepted(at_call(number, failing(code))):
             told = contend(lock)
         if told.state == "WON":
@@ -120,65 +109,50 @@ def test_error_of_acquire(directory, new_lock, before, code):
         elif name != "kill":
             assert (told.state, told.detail) == ("UNKNOWN", os.strerror(code))
         assert lock.release() is None
-        assert not os.path.lexists(lock.path)
         assert descriptors() == opened, name
-        assert attempt(directory).state == "WON"
-        assert names(directory) == [], name
+        assert not os.path.lexists(lock.path)
+        assert_free(directory, name)
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
-def test_error_of_a_refused_one(directory, new_lock, code):
+def test_error_of_a_refused_one(directory, held, new_lock, code):
     """What it could not withdraw is stale, and the live lock stays."""
-    live = new_lock()
-    live.acquire()
-    lock = new_lock()
-    for number, name in enumerate(count(lambda: contend(lock))):
+    for number, name in enumerate(count(lambda: contend(new_lock()))):
         opened = descriptors()
         with intercepted(at_call(number, failing(code))):
-            told = contend(new_lock())
-        assert told.state in ("LIVE", "UNKNOWN", "ERROR")
+            assert contend(new_lock()).state in ("LIVE", "UNKNOWN", "ERROR")
         assert descriptors() == opened, name
-        told = attempt(directory)
-        assert (told.state, told.path) == ("LIVE", live.path)
-        assert names(directory) == [Path(live.path).name]
+        assert attempt(directory).path == held.path
+        assert names(directory) == [os.path.basename(held.path)]
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
 def test_error_of_release(directory, new_lock, code):
-    lock = new_lock()
-    lock.acquire()
-    for number, name in enumerate(count(lock.release)):
+    for number, name in enumerate(calls_of(directory, new_lock, "release", False)):
         opened = descriptors()
-        lock = new_lock()
-        lock.acquire()
+        _, what = begin(directory, new_lock, "release", False)
         with intercepted(at_call(number, failing(code))):
-            problem = lock.release()
-        assert problem is None or problem.errno == code
-        # What it cannot tell or remove is told.
-        assert problem or names(directory) == [], name
+            problem = what()
+        # What it cannot see or remove is told.
+        assert problem.errno == code if problem else names(directory) == [], name
         assert descriptors() == opened, name
-        assert attempt(directory).state == "WON"
-        assert names(directory) == [], name
+        assert_free(directory, name)
 
 
-def test_short_write(directory, new_lock):
-    def write_less(name, call):
-        return os.write(call.args[0], call.args[1][:1]) if name == "write" else call()
-
-    with intercepted(write_less):
+@pytest.mark.parametrize(
+    ("name", "instead", "code", "filename"),
+    [
+        ("write", lambda name, call: os.write(call.args[0], b"1"), errno.ENOSPC, None),
+        # As some sandboxes are.
+        ("fcntl", failing(errno.EINVAL), errno.EINVAL, lock_module.KERNEL_LOCK),
+    ],
+    ids=["short write", "no such locks"],
+)
+def test_other_errors(directory, new_lock, name, instead, code, filename):
+    number = calls_of(directory, new_lock, "acquire", False).index(name)
+    with intercepted(at_call(number, instead)):
         told = contend(new_lock())
-    assert (told.state, told.errno) == ("ERROR", errno.ENOSPC)
-    assert names(directory) == []
-
-
-def test_system_without_such_locks(directory, new_lock):
-    """As some sandboxes are: the error tells that it is about the kernel lock."""
-    lock = new_lock()
-    number = count(lock.acquire).index("fcntl")
-    lock.release()
-    with intercepted(at_call(number, failing(errno.EINVAL))):
-        told = contend(lock)
-    assert (told.errno, told.filename) == (errno.EINVAL, lock_module.KERNEL_LOCK)
+    assert (told.state, told.errno, told.filename) == ("ERROR", code, filename)
     assert names(directory) == []
 
 
@@ -188,10 +162,10 @@ class InterruptionError(BaseException):
 
 # An iterator that is interrupted before it has a name is closed when it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("phase", ["acquire", "release"])
-@before
-def test_interruption(directory, new_lock, before, phase, after):
+@phases
+@stales
+@afters
+def test_interruption(directory, new_lock, phase, stale, after):
     """Who gives the lock up then, as the plugin does, has none, and stops nobody."""
 
     def interrupt(name, call):
@@ -202,19 +176,10 @@ def test_interruption(directory, new_lock, before, phase, after):
             call()
         raise InterruptionError
 
-    def begin():
-        before(directory)
-        lock = new_lock()
-        if phase == "release":
-            lock.acquire()
-        return lock, getattr(lock, phase)
-
-    lock, what = begin()
-    calls = count(what)
-    lock.release()
+    calls = calls_of(directory, new_lock, phase, stale)
     for number, name in enumerate(calls):
         opened = descriptors()
-        lock, what = begin()
+        lock, what = begin(directory, new_lock, phase, stale)
         with intercepted(at_call(number, interrupt)), contextlib.suppress(InterruptionError):
             what()
         lock.release()
@@ -222,18 +187,15 @@ def test_interruption(directory, new_lock, before, phase, after):
         assert not lock.held
         assert processes.VARIABLE not in os.environ
         # What was interrupted while it was opened or closed is lost to the process.
-        if name not in ("open", "close"):
-            assert descriptors() == opened, calls[: number + 1]
-        assert attempt(directory).state == "WON"
-        remove_unpublished(directory)
+        assert name in ("open", "close") or descriptors() == opened, calls[: number + 1]
+        assert_free(directory, calls[: number + 1])
 
 
 @contextlib.contextmanager
 def mounted(directory, *options):
     """Mount a file system of its own over the lock directory."""
-    done = subprocess.run(
-        ["mount", *options, directory], check=False, stderr=subprocess.PIPE, text=True
-    )
+    command = ["mount", *options, directory]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"here that cannot be mounted: {done.stderr.strip()}")
     try:
@@ -267,25 +229,18 @@ def test_file_system_that_takes_nothing(directory, options, use_up, code):
         assert names(directory) == before
 
 
+# On ext4 without types, as on some others, one has to ask for the type of each entry.
+MKFS = ["ext4 -q", "ext4 -q -O ^filetype", "btrfs --quiet", "xfs -q", "vfat"]
+
+
 @needs_root
-@pytest.mark.parametrize(
-    "mkfs",
-    [
-        "mkfs.ext4 -q",
-        # As on some others, one has to ask for the type of each entry.
-        "mkfs.ext4 -q -O ^filetype",
-        "mkfs.btrfs --quiet",
-        "mkfs.xfs -q",
-        "mkfs.vfat",
-    ],
-)
+@pytest.mark.parametrize("mkfs", MKFS)
 def test_file_system(directory, new_lock, tmp_path, mkfs):
-    command = mkfs.split()
+    command = [*f"mkfs.{mkfs}".split(), tmp_path / "image"]
     if shutil.which(command[0]) is None:
         pytest.skip(f"there is no {command[0]}")
-    with (tmp_path / "image").open("wb") as file:
+    with command[-1].open("wb") as file:
         file.truncate(400 * 2**20)
-    command.append(tmp_path / "image")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with mounted(directory, "-o", "loop", tmp_path / "image"):
         before = names(directory)

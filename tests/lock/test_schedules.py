@@ -16,8 +16,7 @@ from avocado_vt_joblock.lock import JobLock, LockInTheWayError
 class Contender:
     """Takes the lock, and maybe releases it."""
 
-    #: Who holds the lock.
-    holders = frozenset()
+    holders = 0
 
     def __init__(self, directory, number):
         self.lock = JobLock(str(directory), job_id(number))
@@ -27,8 +26,8 @@ class Contender:
         with contextlib.suppress(LockInTheWayError):
             self.lock.acquire()
             self.won = True
-            Contender.holders |= {self}
-            assert len(Contender.holders) == 1
+            Contender.holders += 1
+            assert Contender.holders == 1
 
     def acquire_and_release(self):
         self.acquire()
@@ -37,132 +36,92 @@ class Contender:
     def wait_and_acquire(self):
         while not self.won:
             self.acquire()
-            if not self.won:
-                lock.time.sleep(1)
+            lock.time.sleep(not self.won)
 
     def release(self):
-        Contender.holders -= {self}
+        Contender.holders -= self.lock.held
         assert self.lock.release() is None
 
 
 class Situation:
-    """What there is for contenders for the lock."""
+    """What there is: contenders, and what they and others do; ``pids`` are the processes."""
 
-    contenders = 2
-    preemptions = 2
-    #: The processes that there are.
     pids = ()
-    #: Whether, with the guard, one of the contenders wins in any case.
-    somebody_wins = True
 
-    def __init__(self, directory):
-        self.contenders = [Contender(directory, number) for number in range(self.contenders)]
+    def __init__(self, directory, contenders=2):
+        self.directory = directory
+        self.contenders = [Contender(directory, number) for number in range(contenders)]
         self.whats = [contender.acquire for contender in self.contenders]
 
-    def close(self):
-        """Release and end what is left."""
-        for contender in self.contenders:
-            contender.release()
+    def stale_lock(self):
+        leave_stale_lock(self.directory)
 
+    def holder_that_releases(self):
+        holder = Contender(self.directory, 7)
+        holder.acquire()
+        self.whats.append(holder.release)
 
-class TwoContenders(Situation):
-    preemptions = 3
+    def first_one_waits(self):
+        """For a holder that releases; the second one does not wait."""
+        self.holder_that_releases()
+        self.whats[0] = self.contenders[0].wait_and_acquire
+        self.whats[1] = self.contenders[1].acquire_and_release
 
-
-class ThreeContenders(Situation):
-    contenders = 3
-
-
-class StaleLock(Situation):
-    def __init__(self, directory):
-        super().__init__(directory)
-        leave_stale_lock(directory)
-
-
-class HolderThatReleases(Situation):
-    somebody_wins = False
-
-    def __init__(self, directory):
-        super().__init__(directory)
-        self.holder = Contender(directory, 3)
-        self.holder.acquire()
-        self.whats.append(self.holder.release)
-
-
-class OneThatWaits(HolderThatReleases):
-    """The first contender waits for a holder that releases, the second does not wait."""
-
-    somebody_wins = True
-
-    def __init__(self, directory):
-        super().__init__(directory)
-        first, second = self.contenders
-        self.whats[:2] = [first.wait_and_acquire, second.acquire_and_release]
-
-
-class ProcessThatEnds(Situation):
-    """A process of a killed job is still there, and ends at any moment."""
-
-    somebody_wins = False
-
-    def __init__(self, directory):
-        super().__init__(directory)
-        path = leave_stale_lock(directory)
-        variables = {processes.VARIABLE: path.name}
-        self.process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, env=variables)
+    def process_that_ends(self):
+        """One of a killed job is still there, and ends at any moment."""
+        variables = {processes.VARIABLE: leave_stale_lock(self.directory).name}
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, env=variables)
         # It begins without an environment, in the middle of its exec.
-        while not Path(f"/proc/{self.process.pid}/environ").read_bytes():
+        while not Path(f"/proc/{process.pid}/environ").read_bytes():
             pass
-        self.pids = [self.process.pid]
-        self.whats.append(self.end)
-
-    def end(self):
+        self.pids = [process.pid]
         # One system call of what a contender sees.
-        processes.os.kill(self.process.pid, 9)
-        self.process.wait()
+        self.whats.append(lambda: (processes.os.kill(process.pid, 9), process.communicate()))
 
-    def close(self):
-        super().close()
-        self.process.stdin.close()
-        for contender in self.contenders:
-            contender.acquire_and_release()
+    def nothing(self):
+        pass
 
 
-SITUATIONS = [
-    TwoContenders,
-    ThreeContenders,
-    StaleLock,
-    HolderThatReleases,
-    OneThatWaits,
-    ProcessThatEnds,
-]
-
-
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(
+    ("contenders", "what", "preemptions", "somebody_wins"),
+    [
+        (2, Situation.nothing, (3, 3), True),
+        (3, Situation.nothing, (2, 2), True),
+        (2, Situation.stale_lock, (2, 2), True),
+        (2, Situation.holder_that_releases, (2, 2), False),
+        (2, Situation.first_one_waits, (2, 1), True),
+        (2, Situation.process_that_ends, (1, 1), False),
+    ],
+)
 @pytest.mark.parametrize("guard", [True, False], ids=["guard", "no guard"])
-def test_every_schedule(directory, monkeypatch, guard, situation):
+def test_every_schedule(
+    directory, monkeypatch, guard, contenders, what, preemptions, somebody_wins
+):
     if not guard:
         monkeypatch.setattr(lock, "GUARD_TIMEOUT", -1)
     # By chance a directory is read in another order, and a schedule would not repeat.
     monkeypatch.setattr(os, "urandom", bytes)
-    outcomes = []
+    monkeypatch.setattr(Contender, "holders", 0)
+    outcomes = set()
     schedule = []
     while schedule is not None:
-        there = situation(directory)
+        there = Situation(directory, contenders)
+        what(there)
         steps = run_schedule(there.whats, schedule, there.pids)
         won = tuple(contender.won for contender in there.contenders)
-        there.close()
-        assert names(directory) == [], schedule
-        if guard and situation.somebody_wins:
-            assert any(won), schedule
-        outcomes.append(won)
-        schedule = following(steps, situation.preemptions)
-    print(f"{len(outcomes)} schedules")
+        assert any(won) or not (guard and somebody_wins), schedule
+        for contender in there.contenders:
+            contender.release()
+        for path in directory.iterdir():
+            # Where nobody has won nobody has seen that the process has ended.
+            assert there.pids
+            path.unlink()
+        assert names(directory) == []
+        outcomes.add(won)
+        schedule = following(steps, preemptions[not guard])
     # They were different ones indeed.
-    firsts = {won[:2] for won in outcomes}
-    if situation is OneThatWaits:
-        # Whoever waits has its turn, and the other one has or has not.
-        assert firsts == {(True, True), (True, False)}
+    if what is Situation.first_one_waits:
+        assert outcomes == {(True, True), (True, False)}
     else:
-        assert {(True, False), (False, True)} <= firsts
-        assert ((False,) * len(won) in outcomes) == (not guard or not situation.somebody_wins)
+        assert len({won[:2] for won in outcomes} & {(True, False), (False, True)}) == 2
+        assert ((False,) * contenders in outcomes) == (not guard or not somebody_wins)
