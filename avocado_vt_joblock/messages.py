@@ -45,10 +45,10 @@ GONE = """The lock file {} was removed or replaced while the job ran.
 Other jobs may have run at the same time and changed the files that it used. Find out what did it:
 a cleaner of temporary files, for example."""
 NOT_RELEASED = """The lock file {} could not be removed: {}.
-It stops no job after the last process of this job has ended: then the next job removes it."""
+It stops no job after the last process of this job has ended: the next one that may removes it."""
 FILE_STAYS = """
-Until they have ended no other job with VT tests runs in this lock directory, and the lock file
-stays: {}. The next job removes it."""
+The lock file stays: {}.
+No other job with VT tests runs in this lock directory until all of this job has ended."""
 NOT_REMOVED = """The stale lock file {} could not be removed: {}. It does not stop this job.
 Its owner's next job removes it, unless guests still run that only the owner and root can see."""
 NO_STICKY_BIT = """Others may write in the lock directory {0} and, since it has no sticky bit,
@@ -94,7 +94,8 @@ then {_who(file)} can remove it:
         text += f"\nStart this job again, or {wait}."
     elif file.state is State.LIVE and not file.processes:
         text += f"\nWait until that job is done, or {wait}."
-    text += "\nTo remove the file is no solution: jobs at once destroy each other's images."
+    if file.processes or file.state is not State.OUTER:
+        text += "\nTo remove the file is no solution: jobs at once destroy each other's images."
     if file.processes or file.state is State.NOT_NOW:
         return text
     return f"""{text}
@@ -171,11 +172,11 @@ Correct that, or set dir in section {_SECTION}."""
 def end(file: LockFile, problem: OSError | None) -> list[str]:
     """What to tell when a job has given up its lock: what is left of it, and what went wrong."""
     is_gone = isinstance(problem, FileNotFoundError)
-    stays = "" if is_gone else FILE_STAYS.format(file.path)
-    left = f"{len(file.processes)} process(es) of the job still run.{_left(file)}{stays}"
+    left = f"{len(file.processes)} process(es) of the job still run.{_left(file)}"
     if not file.processes:
-        left = f"Nobody can tell whether something of the job still runs: {_reason(file)}.{stays}"
-    texts = [] if file.state is State.STALE else [left]
+        left = f"Nobody can tell whether something of the job still runs: {_reason(file)}."
+    stays = "" if is_gone else FILE_STAYS.format(file.path)
+    texts = [] if file.state is State.STALE else [left + stays]
     if problem:
         texts.append((GONE if is_gone else NOT_RELEASED).format(file.path, problem.strerror))
     return texts

@@ -54,10 +54,9 @@ class VTJobLock(JobPre):
                           that, SystemExit
         """
         try:
-            _hold_back(job)
+            _let_go(job)
             if _has_vt_tests(job):
                 _take_turn(job)
-            _let_go(job)
         except (KeyboardInterrupt, SystemExit) as error:
             _refuse(error, job)
             raise
@@ -78,14 +77,13 @@ class VTJobUnlock(JobPost):
 
         :param job: the job that has ended, in whatever way
         """
-        lock: JobLock | None = vars(job).get(_LOCK)
         try:
             _let_go(job)
-            if lock and lock.held:
-                _give_back(lock, job)
+            _give_back(job)
         finally:
+            # After one Ctrl-C too many the next job judges what is left.
+            lock: JobLock | None = vars(job).get(_LOCK)
             if lock:
-                # After one Ctrl-C too many the next job judges what is left.
                 lock.release(leave_file=lock.held)
 
 
@@ -121,8 +119,7 @@ def _has_vt_tests(job: Job) -> bool:
 
 
 def _hold_back(job: Job) -> None:
-    """Keep a job without the lock from undoing what the holder has set up, when it ends."""
-    _let_go(job)
+    """Keep a refused job from undoing what the holder has set up, until :func:`_let_go`."""
     kept, post_tests = vars(job), job.post_tests
     kept[_HELD_BACK] = post_tests, job.config.get(_POST_SCRIPTS)
     # It puts itself back, since a program may run its job again.
@@ -181,8 +178,11 @@ def _wait_for_turn(lock: JobLock, seconds: float) -> list[LockFile]:
     return stale
 
 
-def _give_back(lock: JobLock, job: Job) -> None:
+def _give_back(job: Job) -> None:
     """Release the lock, or leave its file if something of the job may still run."""
+    lock: JobLock | None = vars(job).get(_LOCK)
+    if not lock or not lock.held:
+        return
     # What a passed test leaves is left on purpose.
     left = LockFile(lock.path, state=State.STALE)
     if not _all_passed(job):
@@ -214,6 +214,8 @@ def _all_passed(job: Job) -> bool:
 
 def _refuse(error: BaseException, job: Job) -> BaseException:
     """Tell why a job is stopped; return the exception by which Avocado stops it."""
+    with contextlib.suppress(Exception):
+        _hold_back(job)
     text = type(error).__name__
     with contextlib.suppress(Exception):
         text += f": {error}"

@@ -7,6 +7,7 @@ user of a process and to root. The command line of a test, which everybody may r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -96,37 +97,44 @@ class Look:
             # Not getpid(): this /proc may show another PID namespace.
             pid = os.readlink("/proc/self")
             self._done.add(pid)
-            while pid != "0":
-                pid = _Stat(pid).parent
-                self._around.add(pid)
+            with contextlib.suppress(OSError):  # It may hide a process of another user.
+                while pid != "0":
+                    pid = _Stat(pid).parent
+                    self._around.add(pid)
             deadline = time.monotonic() + SETTLE_TIMEOUT
-            # What has ended unseen may have started another one, which only the next round shows.
             while not self.is_settled and time.monotonic() < deadline:
                 self.is_settled = self._look_at_all()
-                time.sleep(0 if self.is_settled else PAUSE)
         except OSError as error:
             self.error = error.strerror or repr(error)
 
     def _look_at_all(self) -> bool:
-        """Look at what has not been looked at; return whether that is all there is."""
-        is_all = True
+        """Look at what has not been looked at; return whether that is all there is.
+
+        What has ended unseen may have started another one, which only the next time shows.
+        """
+        has_ended = False
         there = {name for name in os.listdir("/proc") if name.isdigit()}
         # What is gone may have left its PID to another one.
         self._done &= there
         for pid in there - self._done:
             self._pid = pid
             try:
-                is_all &= self._look_at(pid)
+                self._look_at(pid)
             except (FileNotFoundError, ProcessLookupError):
-                is_all = False
-        return is_all
+                has_ended = True
+        if not has_ended and not there <= self._done:
+            time.sleep(PAUSE)
+        return not has_ended and there <= self._done
 
-    def _look_at(self, pid: str) -> bool:
-        """Look at a process, unless it has ended; return whether that is all there is of it."""
+    def _look_at(self, pid: str) -> None:
+        """Look at a process, and be done with it unless it is to be looked at again.
+
+        :raises FileNotFoundError: when it has ended, or ProcessLookupError
+        """
         stat = _Stat(pid)
         if stat.has_ended:
             self._done.add(pid)
-            return False
+            raise ProcessLookupError
         command, environ = _read(pid, "cmdline"), _read(pid, "environ")
         is_blank = False
         if environ == b"" and not stat.is_kernel_thread:
@@ -137,7 +145,7 @@ class Look:
             now = time.monotonic()
             since = self._blank_since.setdefault((pid, stat.started), now)
             if not environ and now - since < (BLANK_TIMEOUT if is_blank else PAUSE):
-                return False
+                return
         self._done.add(pid)
         self.is_denied |= environ is None
         self.sees_others |= environ is None and command is not None
@@ -150,7 +158,6 @@ class Look:
             text = " ".join(words) or f"[{stat.name}]"
             process = Process(int(pid), text, uid, names, test_of, is_around, is_blank)
             self.processes.append(process)
-        return True
 
 
 def may_have_written(pid: int, file: os.stat_result, has_it_open: bool) -> bool:
@@ -174,6 +181,8 @@ def may_have_written(pid: int, file: os.stat_result, has_it_open: bool) -> bool:
         if stat.has_ended or time.time() - stat.age > file.st_mtime + CLOCK_SLACK:
             return False
         links = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+        # That of the listing itself is closed already.
+        links = [link for link in links if os.path.exists(link)]
         return not has_it_open or any(os.path.samestat(os.stat(link), file) for link in links)
     except OSError:
         return True

@@ -30,6 +30,7 @@ class Sandbox:
     """
 
     python = sys.executable
+    reads_recipes = AVOCADO_READS_RECIPES
 
     def __init__(self, root: Path) -> None:
         self.root = root

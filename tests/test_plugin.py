@@ -15,6 +15,7 @@ from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
 from sandbox import (
     AVOCADO,
     FAILURE,
+    HERE,
     assert_refused,
     assert_runs,
     exec_recipe,
@@ -633,3 +634,13 @@ def test_next_job_runs_after_an_end_at_any_moment(sandbox, rounds, signum):
         code, text = finish(sandbox.run(following))
         assert code == 0, text
         assert list(sandbox.lock_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", ["pre alone", "pre beside a holder", "post PASS", "post FAIL"])
+def test_ctrl_c_at_every_line(sandbox, case):
+    """No lock is kept, and nobody's set-up is undone."""
+    job = sandbox.popen(sys.executable, HERE / "interruptions.py", sandbox.lock_dir, case)
+    code, text = finish(job)
+    assert code == 0, text
+    (lines,) = re.findall(r"^(\d+) lines$", text, re.MULTILINE)
+    assert int(lines) > (100 if case.startswith("pre") else 30)
