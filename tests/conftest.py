@@ -1,4 +1,5 @@
 import itertools
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,10 +26,17 @@ def wheel(built):
 
 
 @pytest.fixture(scope="session")
-def installed(wheel, tmp_path_factory):
-    """The interpreter of an environment that has Avocado and the wheel, and no avocado-vt."""
-    python = new_environment(tmp_path_factory.mktemp("environment"))
-    install(python, *AVOCADO_PACKAGES)
+def avocado_packages(tmp_path_factory):
+    """A directory with Avocado, and without avocado-vt, for many environments."""
+    directory = tmp_path_factory.mktemp("packages")
+    install(sys.executable, "--target", directory, *AVOCADO_PACKAGES)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, avocado_packages, tmp_path_factory):
+    """The interpreter of an environment that has Avocado and the wheel."""
+    python = new_environment(tmp_path_factory.mktemp("environment"), avocado_packages)
     install(python, "--no-deps", wheel)
     return python
 
