@@ -4,12 +4,11 @@ In a round both take and release a lock, in random order. A ratio is the median 
 rounds, so what else the machine does meanwhile touches both sides of it.
 """
 
-import configparser
 import logging
-import multiprocessing
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -17,7 +16,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
 
+from avocado.core.exceptions import JobError
+from avocado_vt.plugins.vt_joblock import VTJobLock as TheirLock
+from avocado_vt.test import VirtTest
+
 from avocado_vt_joblock import DIR, TIMEOUT
+from avocado_vt_joblock.plugin import VTJobLock, VTJobUnlock
 
 #: Other entries in the directory, whether a stale lock is there, rounds, and the ratio at most.
 CASES = (
@@ -33,39 +37,8 @@ SLEEP = ["setpriv", "--pdeathsig", "KILL", "sleep", "600"]
 NOBODY = 2**22 + 1
 
 
-def import_avocado(_number):
-    """The CPU time that an import of Avocado spends on this package, in ms.
-
-    In the time of the whole import, hundreds of ms and never twice the same, it cannot be seen.
-    """
-    import pkg_resources
-
-    times, load = [], pkg_resources.EntryPoint.load
-
-    def timed(call, *arguments):
-        started = time.process_time()
-        result = call(*arguments)
-        times.append((time.process_time() - started) * 1e3)
-        return result
-
-    pkg_resources.EntryPoint.load = lambda point: (
-        timed(load, point) if point.module_name.startswith("avocado_vt_joblock") else load(point)
-    )
-    from avocado.core.settings import settings
-
-    from avocado_vt_joblock.settings import VTJobLockInit, VTJobLockSettings
-
-    timed(VTJobLockSettings().adjust_settings_paths, [])
-    timed(VTJobLockInit().initialize)
-    files = [path for path in settings.config_paths if path.endswith("/vt_joblock.conf")]
-    timed(configparser.ConfigParser().read, files)
-    return sum(times)
-
-
 def take_ours(directory, timeout=0):
     """Take the lock, for a job whose only test will have passed; return what releases it."""
-    from avocado_vt_joblock.plugin import VTJobLock, VTJobUnlock
-
     suite = SimpleNamespace(enabled=True, tests=[SimpleNamespace(kind="avocado-vt")])
     result = SimpleNamespace(tests=[{"status": "PASS"}])
     ended = {"exitcode": 0, "status": "PASS", "result": result, "logfile": "", "post_tests": None}
@@ -77,11 +50,8 @@ def take_ours(directory, timeout=0):
 
 def take_theirs(directory):
     """The same with avocado-vt's plugin, which knows VT tests by what they were in the past."""
-    from avocado_vt.plugins.vt_joblock import VTJobLock
-    from avocado_vt.test import VirtTest
-
     suite = SimpleNamespace(tests=[(VirtTest, {})])
-    job, plugin = SimpleNamespace(unique_id="0" * 40, test_suite=suite), VTJobLock()
+    job, plugin = SimpleNamespace(unique_id="0" * 40, test_suite=suite), TheirLock()
     plugin.lock_dir = directory
     plugin.pre_tests(job)
     return lambda: plugin.post_tests(job)
@@ -120,8 +90,6 @@ def compare(directories):
 
 def wait(directory):
     """Print the CPU time of waiting in vain."""
-    from avocado.core.exceptions import JobError
-
     release, used, started = take_ours(directory), time.process_time(), time.monotonic()
     with suppress(JobError):
         take_ours(directory, WAIT)
@@ -132,14 +100,15 @@ def wait(directory):
 
 
 def main():
-    # Without it avocado-vt tells what programs are not installed.
+    # The table tells enough.
     logging.getLogger().addHandler(logging.NullHandler())
     with tempfile.TemporaryDirectory() as root:
         # Avocado and avocado-vt keep files in the home.
         os.environ["HOME"] = root
-        with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-            low, middle, high = quantiles(pool.map(import_avocado, range(IMPORTS), 1), n=4)
-        print(f"import avocado: {middle:.2f} ms (half: {low:.2f} to {high:.2f}; at most 1)")
+        command = [sys.executable, "-W", "ignore", Path(__file__).with_name("start_up.py")]
+        times = [float(subprocess.check_output(command)) for _ in range(IMPORTS)]
+        low, middle, high = quantiles(times, n=4)
+        print(f"import avocado: {middle:.2f} ms more (half: {low:.2f} to {high:.2f}; at most 1)")
         directories = {entries: f"{root}/{entries}" for entries, *_ in CASES}
         for entries, directory in directories.items():
             Path(directory).mkdir()
