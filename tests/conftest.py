@@ -1,10 +1,9 @@
 import itertools
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from environments import AVOCADO_PACKAGES, build, install, new_environment
+from environments import build, copy_packages, install, new_environment
 from sandbox import Sandbox, finish, start
 
 
@@ -29,7 +28,8 @@ def wheel(built):
 def avocado_packages(tmp_path_factory):
     """A directory with Avocado, and without avocado-vt, for many environments."""
     directory = tmp_path_factory.mktemp("packages")
-    install(sys.executable, "--target", directory, *AVOCADO_PACKAGES)
+    # Avocado needs setuptools for pkg_resources.
+    copy_packages(directory, "avocado-framework", "setuptools")
     return directory
 
 
