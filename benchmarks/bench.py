@@ -1,225 +1,122 @@
-"""Measure the lock beside others; write the page docs/figures.rst and its plot."""
+"""What the lock costs beside avocado-vt's own plugin, in one interleaved run: ``make bench``.
+
+In a round both take and release a lock, in random order. A ratio is the median of the ratios of all
+rounds, so what else the machine does meanwhile touches both sides of it.
+"""
 
 import logging
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
-from importlib import metadata
-from operator import truediv
+from contextlib import suppress
 from pathlib import Path
-from platform import python_version
-from statistics import median
-from subprocess import Popen, getoutput
+from statistics import median, quantiles
 from types import SimpleNamespace
 
-import filelock
 from avocado.core.exceptions import JobError
+from avocado_vt.plugins.vt_joblock import VTJobLock as TheirLock
+from avocado_vt.test import VirtTest
 
-from avocado_vt_joblock.plugin import VT_KIND, VTJobLock
-from avocado_vt_joblock.settings import DIR, TIMEOUT
+from avocado_vt_joblock import DIR, TIMEOUT
+from avocado_vt_joblock.plugin import VTJobLock, VTJobUnlock
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-OURS, VT, SOFT, FLOOR = "this plugin", "avocado-vt", "SoftFileLock", "floor"
-STYLES = {OURS: "C0o-", VT: "C1^-", SOFT: "C2D--", FLOOR: "C7x:"}
-#: How many rounds with so many other entries in the lock directory.
-ROUNDS = {1_000: 500, 10_000: 150, 100_000: 40}
-#: How often to go from no more processes to so many, and how many rounds there each time.
-TURNS, MORE, LOCK_ROUNDS, STALE_ROUNDS = 3, 3_000, 300, 20
+#: Other entries in the directory, whether a stale lock is there, rounds, and the ratio at most.
+CASES = (
+    (0, False, 300, "1.8"),
+    (1_000, False, 150, "1.1"),
+    (100_000, False, 15, "<1"),
+    (0, True, 15, ""),
+)
+#: How often to go from no more processes to so many; how long to wait (s); how often to import.
+TURNS, MORE, WAIT, IMPORTS = 3, 3_000, 20, 30
 SLEEP = ["setpriv", "--pdeathsig", "KILL", "sleep", "600"]
-#: For how long to wait for a lock that is held, in seconds.
-WAIT = 20
+#: The PID of no process: Linux has none above 2**22.
+NOBODY = 2**22 + 1
 
 
-def locks(directory: str) -> dict:
-    """The contenders: functions that take a lock, and return what releases it."""
-    from avocado_vt.plugins.vt_joblock import VTJobLock as VTPlugin
-    from avocado_vt.test import VirtTest
-
-    job = SimpleNamespace(
-        unique_id="0" * 40,
-        config={DIR: directory},
-        test_suites=[SimpleNamespace(enabled=True, tests=[SimpleNamespace(kind=VT_KIND)])],
-        result=SimpleNamespace(tests=[{"status": "PASS"}]),
-        exitcode=0,
-        # For avocado-vt's plugin, which knows VT tests by what Avocado made of them in the past.
-        test_suite=SimpleNamespace(tests=[(VirtTest, {})]),
-    )
-    vt_plugin = VTPlugin()
-    vt_plugin.lock_dir = directory
-
-    def ours(timeout=0):
-        plugin = VTJobLock()
-        job.config[TIMEOUT], job.status = timeout, "PASS"
-        plugin.pre(job)
-        return lambda: plugin.post(job)
-
-    def vt():
-        vt_plugin.pre_tests(job)
-        return lambda: vt_plugin.post_tests(job)
-
-    def soft(timeout=0):
-        lock = filelock.SoftFileLock(f"{directory}/soft.lock", timeout=timeout)
-        lock.acquire()
-        return lock.release
-
-    def floor():
-        path = f"{directory}/floor.pid"
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        os.write(fd, b"%d" % os.getpid())
-        os.close(fd)
-        os.listdir(directory)  # noqa: PTH208 - nothing lists a directory faster
-        return lambda: os.unlink(path)  # noqa: PTH108 - nor removes a file
-
-    return {OURS: ours, VT: vt, SOFT: soft, FLOOR: floor}
+def take_ours(directory, timeout=0):
+    """Take the lock, for a job whose only test will have passed; return what releases it."""
+    suite = SimpleNamespace(enabled=True, tests=[SimpleNamespace(kind="avocado-vt")])
+    result = SimpleNamespace(tests=[{"status": "PASS"}])
+    ended = {"exitcode": 0, "status": "PASS", "result": result, "logfile": "", "post_tests": None}
+    config = {DIR: directory, TIMEOUT: timeout}
+    job = SimpleNamespace(unique_id="0" * 40, config=config, test_suites=[suite], **ended)
+    VTJobLock().pre(job)
+    return lambda: VTJobUnlock().post(job)
 
 
-def take_turns(contenders: dict, rounds: int, times: dict, stale: str = "") -> None:
-    """Take and release each lock once a round, after a round that does not count.
-
-    :param stale: the directory, if a process shall have left a lock there before
-    """
-    for number in range(rounds + 1):
-        for name in random.sample(list(contenders), len(contenders)):
-            if stale and name != FLOOR:
-                if not (pid := os.fork()):
-                    try:
-                        # What releases it must not go before the process does.
-                        _release = contenders[name]()
-                    finally:
-                        os._exit(0)
-                os.waitpid(pid, 0)
-                assert any(Path(stale).iterdir()), f"{name} has left no stale lock"
-            started = time.perf_counter()
-            contenders[name]()()
-            if number:
-                times.setdefault(name, []).append(time.perf_counter() - started)
+def take_theirs(directory):
+    """The same with avocado-vt's plugin, which knows VT tests by what they were in the past."""
+    suite = SimpleNamespace(tests=[(VirtTest, {})])
+    job, plugin = SimpleNamespace(unique_id="0" * 40, test_suite=suite), TheirLock()
+    plugin.lock_dir = directory
+    plugin.pre_tests(job)
+    return lambda: plugin.post_tests(job)
 
 
-def waiting(acquire) -> float:
-    """Wait in vain; return the CPU time of this process meanwhile, as a part of a core."""
-    release = acquire()
-    started, used = time.monotonic(), time.process_time()
-    with suppress(JobError, filelock.Timeout):
-        acquire(WAIT)
+def measure(take, directory, stale):
+    """How long it takes to take a lock and to release it, in ms."""
+    if stale:
+        Path(directory, f"avocado-vt-joblock-{'1' * 40}-0-aaaaaaaa.pid").write_text(f"{NOBODY}\n\n")
+    started = time.perf_counter()
+    take(directory)()
+    return (time.perf_counter() - started) * 1e3
+
+
+def compare(directories):
+    """Print the table of both plugins."""
+    rounds = [case for case in CASES for _ in range(case[2])]
+    pairs = {(more, case): [] for more in (0, MORE) for case in CASES}
+    for more in (0, MORE) * TURNS:
+        others = [subprocess.Popen(SLEEP) for _ in range(more)]
+        for case in random.sample(rounds, len(rounds)):
+            entries, stale, *_ = case
+            takes = random.sample([take_ours, take_theirs], 2)
+            took = {take: measure(take, directories[entries], stale) for take in takes}
+            pairs[more, case].append((took[take_ours], took[take_theirs]))
+        for process in others:
+            process.kill()
+            process.wait()
+    print("entries  lock stale  more processes  this plugin   avocado-vt  ratio  at most")
+    for (more, (entries, stale, _, limit)), row in pairs.items():
+        ours, theirs = map(median, zip(*row))
+        ratio = median(ours / theirs for ours, theirs in row)
+        figures = f"{ours:10.3f} ms{theirs:10.3f} ms{ratio:7.2f}{limit:>9}"
+        print(f"{entries:7,}{'yes' if stale else 'no':>12}{more:16,}{figures}")
+
+
+def wait(directory):
+    """Print the CPU time of waiting in vain."""
+    release, used, started = take_ours(directory), time.process_time(), time.monotonic()
+    with suppress(JobError):
+        take_ours(directory, WAIT)
     used, waited = time.process_time() - used, time.monotonic() - started
     assert waited >= WAIT, "it did not wait"
     release()
-    return used / waited
+    print(f"waiting: {used / waited:.2%} of a core")
 
 
-def measure(directory: str) -> tuple:
-    """Times by whether there is a stale lock, by more processes, and by other entries."""
-    contenders = locks(directory)
-    times = {(stale, more, 0): {} for stale in (False, True) for more in (0, MORE)}
-    for more in (0, MORE) * TURNS:
-        with ExitStack() as stack:
-            for _ in range(more):
-                # It ends with this process, however that ends.
-                stack.callback(stack.enter_context(Popen(SLEEP)).kill)
-            take_turns(contenders, LOCK_ROUNDS, times[False, more, 0])
-            take_turns(contenders, STALE_ROUNDS, times[True, more, 0], stale=directory)
-        assert not any(Path(directory).iterdir()), "a lock file was left"
-    waits = {name: f"{waiting(contenders[name]):.2%}" for name in (OURS, SOFT)}
-    for entries, rounds in ROUNDS.items():
-        for number in range(entries):
-            Path(directory, f"tmp{number:08}").touch()
-        take_turns(contenders, rounds, times.setdefault((False, 0, entries), {}))
-    return dict(sorted(times.items())), waits
-
-
-def table(times: dict, waits: dict) -> str:
-    rows = [["what", *STYLES, "to floor", "to avocado-vt"]]
-    for (stale, more, entries), row in times.items():
-        what = "a stale lock" if stale else f"{entries:,} entries"
-        what += f", {more:,} more processes" if more else ""
-        medians = [median(row[name]) * 1e3 for name in STYLES]
-        ratios = [median(map(truediv, row[OURS], row[to])) for to in (FLOOR, VT)]
-        rows.append([what, *map(shown, medians + ratios)])
-    rows.append(["waiting, CPU time", *(waits.get(name, "") for name in STYLES), "", ""])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rule = "  ".join("=" * width for width in widths)
-    head, *body = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join([rule, head, rule, *body, rule])
-
-
-def shown(number: float) -> str:
-    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
-
-
-def draw(times: dict) -> None:
-    from matplotlib import pyplot as plt
-
-    plt.rc("svg", hashsalt="figures", fonttype="none")
-    _, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    numbers = [0, *ROUNDS]
-    for name, style in STYLES.items():
-        medians = [median(times[False, 0, number][name]) * 1e3 for number in numbers]
-        ax.plot(numbers, medians, style, label=name)
-    ax.set_xscale("symlog", linthresh=1_000)
-    ax.set_yscale("log")
-    ax.set_xticks(numbers, [f"{number:,}" for number in numbers])
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="other entries in the lock directory", ylabel="milliseconds")
-    ax.legend()
-    plt.savefig(DOCS / "figures.svg", metadata={"Date": None})
-
-
-def main() -> None:
-    # Without it avocado-vt tells what programs are not installed.
+def main():
+    # The table tells enough.
     logging.getLogger().addHandler(logging.NullHandler())
-    place = tempfile.gettempdir()
-    before, processes = os.getloadavg()[0], len(list(Path("/proc").glob("[0-9]*")))
-    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as directory:
-        # Avocado, avocado-vt and matplotlib keep files in the home.
-        os.environ["HOME"] = home
-        times, waits = measure(directory)
-        after = os.getloadavg()[0]
-        draw(times)
-    kernel = getoutput("uname -sr")
-    cpu = getoutput("lscpu | sed -n 's/^Model name: *//p'")
-    system = getoutput(f"findmnt --noheadings --output=FSTYPE --target={place}")
-    packages = ("avocado-framework", "avocado-framework-plugin-vt", "filelock")
-    versions = [f"{name} {metadata.version(name)}" for name in packages]
-    versions = ", ".join([f"Python {python_version()}", *versions])
-    page = f"""\
-.. Generated by "make bench": do not edit.
-
-Figures
-=======
-
-How much time does a job need to take the lock and to release it? ``make bench`` compares:
-
-* *this plugin*: its ``pre()`` and ``post()``, for a job whose tests have all ended.
-* *avocado-vt*: the same for avocado-vt's own plugin. It works with old versions of Avocado only.
-* *SoftFileLock*: a lock of the package ``filelock``. It need not list the directory.
-* *floor*: no lock. Create a file, write the PID, close it, list the directory, remove the file.
-
-| {os.cpu_count()} x {cpu}, {kernel}, {system} at ``{place}``, {processes} processes.
-| {versions}.
-| The load (average of one minute) was {before:.1f} before and {after:.1f} after.
-
-Times are in milliseconds, each the median of many rounds. In a round all four take turns, each time
-in another order. The last two columns are ratios: the time of this plugin divided by the time of
-the other in the same round. They are medians, too.
-
-{table(times, waits)}
-
-* *Entries* are other files in the lock directory.
-* *More processes* do nothing: they sleep.
-* *A stale lock* is one whose process has ended. This plugin then looks at all processes once,
-  because tests and guests of that job may still run. SoftFileLock looks at all of them, too.
-* *Waiting* is for {WAIT} seconds for a lock that is held. The figure is the CPU time in percent of
-  one core. avocado-vt's plugin cannot wait.
-
-.. figure:: figures.svg
-   :alt: The times of the table, by the number of other entries in the lock directory.
-
-   Time to take and release a lock, by the number of other entries in the lock directory.
-"""
-    (DOCS / "figures.rst").write_text(page)
-    print(page)
+    with tempfile.TemporaryDirectory() as root:
+        # Avocado and avocado-vt keep files in the home.
+        os.environ["HOME"] = root
+        command = [sys.executable, "-W", "ignore", Path(__file__).with_name("start_up.py")]
+        times = [float(subprocess.check_output(command)) for _ in range(IMPORTS)]
+        low, middle, high = quantiles(times, n=4)
+        print(f"import avocado: {middle:.2f} ms more (half: {low:.2f} to {high:.2f}; at most 1)")
+        directories = {entries: f"{root}/{entries}" for entries, *_ in CASES}
+        for entries, directory in directories.items():
+            Path(directory).mkdir()
+            for number in range(entries):
+                Path(directory, f"tmp{number:08}").touch()
+        compare(directories)
+        wait(directories[0])
+    print(f"The load of the last minute was {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from environments import AVOCADO_PACKAGES, build, install, new_environment
+from environments import build, copy_packages, install, new_environment
 from sandbox import Sandbox, finish, start
 
 
@@ -25,10 +25,18 @@ def wheel(built):
 
 
 @pytest.fixture(scope="session")
-def installed(wheel, tmp_path_factory):
-    """The interpreter of an environment that has Avocado and the wheel, and no avocado-vt."""
-    python = new_environment(tmp_path_factory.mktemp("environment"))
-    install(python, *AVOCADO_PACKAGES)
+def avocado_packages(tmp_path_factory):
+    """A directory with Avocado, and without avocado-vt, for many environments."""
+    directory = tmp_path_factory.mktemp("packages")
+    # Avocado needs setuptools for pkg_resources.
+    copy_packages(directory, "avocado-framework", "setuptools")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, avocado_packages, tmp_path_factory):
+    """The interpreter of an environment that has Avocado and the wheel."""
+    python = new_environment(tmp_path_factory.mktemp("environment"), avocado_packages)
     install(python, "--no-deps", wheel)
     return python
 

@@ -1,5 +1,7 @@
-"""The lock at work: three real jobs with VT tests, in a home and a lock directory of their own."""
+"""The lock at work with real jobs and VT tests, in a home and a lock directory of their own."""
 
+import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -13,43 +15,78 @@ def main():
     with tempfile.TemporaryDirectory(prefix="vt-joblock-demo-") as directory:
         sandbox = Sandbox(Path(directory) / "user")
         try:
-            show(sandbox)
+            say(f"The lock directory is {sandbox.lock_dir}.")
+            show_refusal_and_waiting(sandbox)
+            show_what_is_left(sandbox)
         finally:
             sandbox.close()
 
 
-def show(sandbox):
-    say(f"The lock directory is {sandbox.lock_dir}.")
-
+def show_refusal_and_waiting(sandbox):
     say("A first job with a VT test starts, and holds the lock while its test runs:")
     first = sandbox.vt_test("first")
-    job = sandbox.run(first)
-    wait_for(lambda: first.has_begun, job)
+    holder = sandbox.run(first)
+    wait_for(lambda: first.has_begun, holder)
     (lock,) = sandbox.locks()
     quote(f"$ ls {sandbox.lock_dir}\n{lock.name}\n$ cat {lock}\n{lock.read_text().strip()}")
-    check(int(lock.read_text()) == job.pid, "the lock file holds the PID of the first job")
+    check(int(lock.read_text()) == holder.pid, "the lock file holds the PID of the first job")
 
     say("A second job starts meanwhile, and is refused:")
-    second = sandbox.vt_test("second")
-    code, text = finish(sandbox.run(second))
-    quote(text[text.find(FAILURE) :])
-    check(FAILURE in text and str(lock) in text, "it says who holds the lock")
-    check(code == 2, f"its exit code is {code}, that of a failed job")
-    check(not second.has_begun, "its test has not run")
+    refused(sandbox, "second", str(lock))
 
-    say("The first job ends, and its lock file is gone:")
-    first.end()
-    code, _ = finish(job)
-    check(code == 0, "the first job has passed")
-    check(not sandbox.locks(), "the lock directory is empty")
-
-    say("A third job runs:")
+    say("A third job may wait for its turn, since plugins.vtjoblock.timeout is set to 60:")
     third = sandbox.vt_test("third")
     third.end()
-    code, text = finish(sandbox.run(third))
-    quote(text[text.find("JOB ID") :])
-    check(code == 0 and third.has_begun, "its test has run, and it has passed")
+    log = sandbox.root / "third.log"
+    configuration = sandbox.config.read_text()
+    sandbox.configure(f"{configuration}timeout = 60\n")
+    with log.open("w") as file:
+        waiting = sandbox.run(third, stdout=file)
+    wait_for(lambda: "Waiting until" in log.read_text(), waiting)
+    sandbox.configure(configuration)
+    check(not third.has_begun, "its test does not run beside that of the first job")
+    say("The first job ends, and the third one takes the lock:")
+    first.end()
+    check(finish(holder)[0] == 0, "the first job has passed")
+    code, _ = finish(waiting)
+    text = log.read_text()
+    quote(text[text.find("Waiting") :])
+    check(
+        code == 0 and third.has_begun, "then the test of the third job has run, and it has passed"
+    )
     check(not sandbox.locks(), "the lock directory is empty")
+
+
+def show_what_is_left(sandbox):
+    say("A job is killed with all its tests. What stands in for a guest runs on:")
+    killed = sandbox.vt_test("killed", starts="sleep 1000")
+    job = sandbox.run(killed)
+    wait_for(lambda: killed.has_begun, job)
+    os.killpg(job.pid, signal.SIGKILL)
+    finish(job)
+    (lock,) = sandbox.locks()
+    quote(f"$ ls {sandbox.lock_dir}\n{lock.name}\n$ pgrep -a sleep\n{killed.guest} sleep 1000")
+
+    say("The next job is refused: that guest may still write to its image:")
+    refused(sandbox, "next", f"{killed.guest}  sleep 1000")
+
+    say("The guest is ended, and a last job runs:")
+    os.kill(killed.guest, signal.SIGTERM)
+    last = sandbox.vt_test("last")
+    last.end()
+    code, text = finish(sandbox.run(last))
+    quote(text[text.find("JOB ID") :])
+    check(code == 0 and last.has_begun, "its test has run, and it has passed")
+    check(not sandbox.locks(), "the lock directory is empty: the stale lock is gone, too")
+
+
+def refused(sandbox, name, reason):
+    test = sandbox.vt_test(name)
+    code, text = finish(sandbox.run(test))
+    quote(text[text.find(FAILURE) :])
+    check(FAILURE in text and reason in text, "it says what is in the way")
+    check(code == 2, f"its exit code is {code}, that of a failed job")
+    check(not test.has_begun, "its test has not run")
 
 
 def say(text):

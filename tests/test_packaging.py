@@ -1,12 +1,34 @@
 """What is released: the distributions and what an installation of them makes."""
 
+import json
 import re
 import sys
 import zipfile
 
-from environments import PROJECT, install, new_environment, run
+import pytest
+from environments import PROJECT, copy_sources, new_environment, run
+from needs import SOME_USER
+from sandbox import can_act_as_others, finish
 
 DISTRIBUTION = "avocado-framework-plugin-vt-joblock"
+#: The modules but settings, which only Avocado loads.
+MODULES = {path.stem for path in (PROJECT / "avocado_vt_joblock").glob("*.py")} - {"settings"}
+#: Prints what the environment knows of this package.
+READ = f"""import importlib.metadata, json
+distribution = importlib.metadata.distribution({DISTRIBUTION!r})
+points = [(point.group, point.name, point.value) for point in distribution.entry_points]
+print(json.dumps([distribution.read_text('METADATA'), points]))"""
+#: Imports a module first, and then has Avocado load the plugins of jobs.
+IMPORT_FIRST = """import avocado_vt_joblock.{}
+from avocado.core.dispatcher import JobPrePostDispatcher
+print(sorted({{extension.name for extension in JobPrePostDispatcher().extensions}}))
+from avocado.core.settings import settings
+print(settings.as_dict()["plugins.vtjoblock.timeout"])"""
+
+
+@pytest.fixture(scope="module")
+def known(installed):
+    return json.loads(run(installed, "-I", "-c", READ))
 
 
 def test_builds_without_warnings(built):
@@ -25,9 +47,9 @@ def test_wheel_has_the_package_and_the_config_file_and_no_more(wheel):
         names = archive.namelist()
     assert {re.sub(r"^avocado_framework_plugin_vt_joblock-[^/]*/", "", n) for n in names} == {
         "avocado_vt_joblock/__init__.py",
-        "avocado_vt_joblock/job.py",
         "avocado_vt_joblock/lock.py",
         "avocado_vt_joblock/lockfile.py",
+        "avocado_vt_joblock/messages.py",
         "avocado_vt_joblock/plugin.py",
         "avocado_vt_joblock/processes.py",
         "avocado_vt_joblock/settings.py",
@@ -54,63 +76,70 @@ def test_source_distribution_builds_the_same_wheel(built, wheel, tmp_path):
         assert sorted(ours.namelist()) == sorted(theirs.namelist())
 
 
-def test_metadata(installed):
-    script = (
-        "import importlib.metadata as m\n"
-        f"print(m.distribution({DISTRIBUTION!r}).read_text('METADATA'))\n"
-    )
-    head, _, description = run(installed, "-I", "-c", script).partition("\n\n")
-    fields = [line.split(": ", 1) for line in head.splitlines() if re.match(r"[A-Z]\S*: ", line)]
-    told = dict(fields)
-    assert told["Name"] == DISTRIBUTION
-    assert re.fullmatch(r"\d+\.\d+\.\d+", told["Version"])
-    assert told["License-Expression"] == "GPL-2.0-or-later"
-    assert told["License-File"] == "LICENSE"
-    assert told["Requires-Python"] == ">=3.9"
+def test_metadata(known):
+    head, _, description = known[0].partition("\n\n")
+    fields = re.findall(r"^([A-Z]\S*): (.*)$", head, re.MULTILINE)
+    assert {
+        ("Name", DISTRIBUTION),
+        ("License-Expression", "GPL-2.0-or-later"),
+        ("License-File", "LICENSE"),
+        ("Requires-Python", ">=3.9"),
+        ("Description-Content-Type", "text/x-rst"),
+        *(("Classifier", f"Programming Language :: Python :: 3.{n}") for n in range(9, 14)),
+    } <= set(fields)
     required = [value for name, value in fields if name == "Requires-Dist"]
     assert required == ["avocado-framework>=103.0"]
-    assert told["Description-Content-Type"] == "text/x-rst"
     assert description.strip() == (PROJECT / "README.rst").read_text().strip()
-    classifiers = [value for name, value in fields if name == "Classifier"]
-    for version in ("3.9", "3.10", "3.11", "3.12", "3.13"):
-        assert f"Programming Language :: Python :: {version}" in classifiers
-
-
-def test_version_is_in_the_changelog(installed):
-    script = f"import importlib.metadata as m; print(m.version({DISTRIBUTION!r}))"
     changes = (PROJECT / "CHANGELOG.rst").read_text()
     versions = re.findall(r"^(\d+\.\d+\.\d+) \(\d{4}-\d\d-\d\d\)$", changes, re.MULTILINE)
-    assert versions[0] == run(installed, "-I", "-c", script).strip()
+    assert versions[0] == dict(fields)["Version"]
 
 
-def test_entry_points(installed):
-    script = (
-        "import importlib.metadata as m\n"
-        f"for e in m.distribution({DISTRIBUTION!r}).entry_points:\n"
-        "    print(e.group, e.name, e.value)\n"
-    )
-    assert sorted(run(installed, "-I", "-c", script).splitlines()) == [
-        "avocado.plugins.init vt-joblock avocado_vt_joblock.settings:VTJobLockInit",
-        "avocado.plugins.job.prepost vt-joblock avocado_vt_joblock.plugin:VTJobLock",
-        "avocado.plugins.settings vt-joblock avocado_vt_joblock.settings:VTJobLockSettings",
+def test_entry_points(known):
+    module = "avocado_vt_joblock"
+    assert sorted(known[1]) == [
+        ["avocado.plugins.init", "vt-joblock", f"{module}.settings:VTJobLockInit"],
+        ["avocado.plugins.job.prepost", "vt-joblock", f"{module}.plugin:VTJobLock"],
+        ["avocado.plugins.job.prepost", "vt-joblock-release", f"{module}.plugin:VTJobUnlock"],
+        ["avocado.plugins.settings", "vt-joblock", f"{module}.settings:VTJobLockSettings"],
     ]
 
 
-def test_uninstalling_leaves_nothing(wheel, tmp_path):
-    python = new_environment(tmp_path / "environment")
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_each_module_can_be_imported_first(sandbox, module):
+    script = IMPORT_FIRST.format(module)
+    _, text = finish(sandbox.popen(sys.executable, "-c", script, stderr=None))
+    plugins, timeout = text.splitlines()
+    assert "'vt-joblock', 'vt-joblock-release'" in plugins
+    assert timeout == "0"
+
+
+@pytest.mark.parametrize("options", [["."], ["-e", "."]], ids=" ".join)
+def test_user_installs_and_removes_it(sandbox, avocado_packages, options):
+    """In a checkout of their own, as the README says; nothing is left but empty directories."""
+    checkout, prefix = sandbox.root / "checkout", sandbox.root / "environment"
+    copy_sources(checkout)
+    python = sandbox.python = new_environment(prefix, avocado_packages)
+    if can_act_as_others():
+        sandbox.belong_to(SOME_USER)
+
+    def pip(*words):
+        command = [sys.executable, "-m", "pip", "--python", python, *words]
+        code, text = finish(sandbox.popen(*command, cwd=checkout))
+        assert code == 0, text
 
     def files():
-        return {path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts}
+        return {path for path in prefix.rglob("*") if path.suffix != ".pyc" and path.is_file()}
 
     before = files()
-    install(python, "--no-deps", wheel)
-    added = {path.name for path in files() - before}
-    assert {"avocado_vt_joblock", "py.typed", "vt_joblock.conf"} <= added
-    run(python, "-c", "import avocado_vt_joblock.lock")
-    run(python, "-m", "pip", "--quiet", "uninstall", "--yes", DISTRIBUTION)
-    left = files() - before
-    assert {path for path in left if not path.is_dir()} == set()
-    assert {path.name for path in left} <= {"etc", "avocado", "conf.d"}
+    # Without an environment of its own for the build: that is pip's, and takes time.
+    pip("install", "--no-deps", "--no-build-isolation", *options)
+    assert re.search("^ *vt-joblock .*Lock/Unlock$", sandbox.output("plugins"), re.MULTILINE)
+    place = prefix if options == ["."] else checkout
+    assert f"* {place}/etc/avocado/conf.d/vt_joblock.conf\n" in sandbox.output("config")
+    pip("uninstall", "--yes", DISTRIBUTION)
+    assert files() == before
+    assert "vt-joblock " not in sandbox.output("plugins")
 
 
 def test_nothing_is_killed():
