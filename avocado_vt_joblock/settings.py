@@ -61,8 +61,8 @@ class VTJobLockSettings(Settings):
         """
         installed = _installed_file()
         files = [installed] if ADMIN_FILE in paths else [installed, ADMIN_FILE]
-        real = os.path.realpath(installed)
-        others = [path for path in paths if os.path.realpath(path) != real]
+        name, real = os.path.basename(ADMIN_FILE), os.path.realpath(installed)
+        others = [p for p in paths if not p.endswith(name) or os.path.realpath(p) != real]
         paths[:] = [file for file in files if os.path.isfile(file)] + others
 
 
