@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import math
@@ -33,10 +34,10 @@ _REASONS = {
 }
 # Avocado chooses the file in the same way.
 _SECTION = f"[{SECTION}] of {os.environ.get('VIRTUAL_ENV', '~')}/.config/avocado/avocado.conf"
-NOT_A_TIME = f"""{TIMEOUT} = {{!r}} is not a time to wait.
+_NOT_A_TIME = f"""{TIMEOUT} = {{!r}} is not a time to wait.
 That is a number of seconds, 0 to fail at once, or -1 to wait for as long as it takes.
 Set timeout in section {_SECTION}."""
-NOT_ABSOLUTE = f"""the lock directory is not an absolute path: {DIR} = {{!r}}.
+_NOT_ABSOLUTE = f"""the lock directory is not an absolute path: {DIR} = {{!r}}.
 ~ and ~USER are expanded, if there is such a user; variables and quotes are taken as they are.
 Set dir in section {_SECTION}."""
 _NO_KERNEL_LOCK = """this system has no open file description locks (F_OFD_SETLK), and without
@@ -167,6 +168,30 @@ def _system_error(error: OSError, directory: object) -> str:
         what = f"cannot be written: {error.strerror}"
     return f"""the lock directory {what}: {DIR} = {directory!r}.
 Correct that, or set dir in section {_SECTION}."""
+
+
+def timeout(value: object) -> float:
+    """What is set as the time to wait, in seconds.
+
+    :raises ValueError: when that makes no sense
+    """
+    seconds = math.nan
+    with contextlib.suppress(ValueError):
+        seconds = float(str(value))
+    if seconds != -1 and not 0 <= seconds < math.inf:
+        raise ValueError(_NOT_A_TIME.format(value))
+    return math.inf if seconds == -1 else seconds
+
+
+def directory(value: object) -> str:
+    """What is set as the lock directory, short of looking whether it is there.
+
+    :raises ValueError: when that makes no sense
+    """
+    path = str(value)
+    if "\0" in path or not os.path.isabs(os.path.expanduser(path)):
+        raise ValueError(_NOT_ABSOLUTE.format(value))
+    return os.path.expanduser(path)
 
 
 def end(file: LockFile, problem: OSError | None) -> list[str]:

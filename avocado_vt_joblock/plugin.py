@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import random
 import sys
@@ -87,30 +86,6 @@ class VTJobUnlock(JobPost):
                 lock.release(leave_file=lock.held)
 
 
-def timeout(value: object) -> float:
-    """What is set as the time to wait, in seconds.
-
-    :raises ValueError: when that makes no sense
-    """
-    seconds = math.nan
-    with contextlib.suppress(ValueError):
-        seconds = float(str(value))
-    if seconds != -1 and not 0 <= seconds < math.inf:
-        raise ValueError(messages.NOT_A_TIME.format(value))
-    return math.inf if seconds == -1 else seconds
-
-
-def directory(value: object) -> str:
-    """What is set as the lock directory, short of looking whether it is there.
-
-    :raises ValueError: when that makes no sense
-    """
-    path = str(value)
-    if "\0" in path or not os.path.isabs(os.path.expanduser(path)):
-        raise ValueError(messages.NOT_ABSOLUTE.format(value))
-    return os.path.expanduser(path)
-
-
 def _has_vt_tests(job: Job) -> bool:
     # A suite whose references are not resolved yet has None for tests. In a dry run no test is of
     # the VT kind.
@@ -137,7 +112,8 @@ def _take_turn(job: Job) -> None:
     """Take the lock, and wait for it if that is set."""
     if _missing:
         raise _missing
-    seconds, path = timeout(job.config[TIMEOUT]), directory(job.config[DIR])
+    seconds = messages.timeout(job.config[TIMEOUT])
+    path = messages.directory(job.config[DIR])
     lock = JobLock(path, str(job.unique_id))
     # Before the first attempt: to give back what is not held does no harm.
     vars(job)[_LOCK] = lock

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 from avocado.core.result import Result
 
-from avocado_vt_joblock import plugin
-from avocado_vt_joblock.lock import JobLock
+from avocado_vt_joblock import lock, plugin
 
 PACKAGE = plugin.__file__.rpartition("/")[0]
+LIMIT = 10_000
 SCRIPTS = "plugins.jobscripts.post"
 
 
@@ -27,9 +27,9 @@ class CtrlC:
     def __call__(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        # At "try:" nothing happens, and Python does not look whether a signal has come.
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and line.strip() != "try:":
+        # Python does not look for signals at "try:", nor between the end of a "with" and its exit.
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split()
+        if event == "line" and line[0] not in ("try:", "with"):
             self.left -= 1
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -60,10 +60,10 @@ def new_job(directory, status="PASS"):
     return job
 
 
-def run(job, in_pre=0, in_post=0):
-    """Run a job as Avocado does, with Ctrl-C at a line; return whether it came to that."""
+def run(job, pre=0, post=0):
+    """Run a job as Avocado does, with Ctrl-C at a line; return how many lines were left to that."""
     job.errors = []
-    in_pre, in_post = CtrlC(in_pre), CtrlC(in_post)
+    in_pre, in_post = CtrlC(pre), CtrlC(post)
     try:
         with in_pre:
             plugin.VTJobLock().pre(job)
@@ -77,40 +77,39 @@ def run(job, in_pre=0, in_post=0):
             plugin.VTJobUnlock().post(job)
     except BaseException as error:
         job.errors.append(error)
-    return in_pre.left == 0 or in_post.left == 0
+    return in_pre.left if pre else in_post.left
 
 
 def main(directory, case):
     def published():
         return [path for path in Path(directory).iterdir() if path.name[0] != "."]
 
-    holder = JobLock(directory, "1" * 40)
+    holder = lock.JobLock(directory, "1" * 40)
     if case == "pre beside a holder":
         holder.acquire()
+    # At worst one keeps the guard, and others wait for it in vain.
+    lock.GUARD_TIMEOUT = 0.001
     before = published()
-    line = 0
-    while True:
-        line += 1
-        if case.startswith("pre"):
-            job = new_job(directory)
-            is_interrupted = run(job, in_pre=line)
-            expected, left = [], before
+    phase, _, rest = case.partition(" ")
+    status = "FAIL" if rest == "FAIL" else "PASS"
+    lines = LIMIT - run(new_job(directory, status), **{phase: LIMIT})
+    for line in range(1, lines + 1):
+        job = new_job(directory, status)
+        if run(job, **{phase: line}):
+            continue  # Not every run is as long.
+        if phase == "pre":
+            assert job.undone == [], (line, job.undone)
+            assert published() == before, (line, published())
         else:
-            job = new_job(directory, case.split()[1])
-            is_interrupted = run(job, in_post=line)
             # The file may stay: nobody may have looked for what is left.
-            expected, left = ["post_tests", "scripts"], published()
-        if not is_interrupted:
-            break
-        assert job.undone == expected, (line, job.undone)
-        assert published() == left, (line, published())
+            assert job.undone == ["post_tests", "scripts"], (line, job.undone)
         # The process goes on, and does not keep the lock; the same job may run again.
         job.undone.clear()
         run(job)
         assert bool(job.errors) == holder.held, line
         assert job.undone == ([] if holder.held else ["post_tests", "scripts"]), line
         assert published() == before, (line, published())
-    print(f"{line} lines")
+    print(f"{lines} lines")
 
 
 main(*sys.argv[1:])

@@ -643,4 +643,4 @@ def test_ctrl_c_at_every_line(sandbox, case):
     code, text = finish(job)
     assert code == 0, text
     (lines,) = re.findall(r"^(\d+) lines$", text, re.MULTILINE)
-    assert int(lines) > (100 if case.startswith("pre") else 30)
+    assert int(lines) > 40
