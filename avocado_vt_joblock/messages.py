@@ -83,25 +83,26 @@ def refusal(error: BaseException, directory: object, log: object) -> str:
 def _in_the_way(error: LockInTheWayError) -> str:
     file = error.file
     if file.state is State.UNKNOWN:
+        remove = "rm -r" if file.reason is Reason.NO_REGULAR_FILE else "rm"
         return f"""cannot tell whether a job still holds {file.path}: {_reason(file)}.
 Its owner is {_user(file)}. If no job, test or guest of {_user(file)} runs any more
 (as root: pgrep -af 'avocado|qemu'),
 then {_who(file)} can remove it:
-    rm {shlex.quote(file.path)}"""
+    {remove} {shlex.quote(file.path)}"""
     wait = f"set a longer {TIMEOUT}" if error.waited else f"set {TIMEOUT} to have this one wait"
-    waited = f"out of time after {duration(error.waited)}: " if error.waited else ""
-    text = f"{waited}{describe(file)}"
+    text = f"out of time after {duration(error.waited)}: " if error.waited else ""
+    text += describe(file)
     if file.state is State.NOT_NOW:
         text += f"\nStart this job again, or {wait}."
     elif file.state is State.LIVE and not file.processes:
         text += f"\nWait until that job is done, or {wait}."
     if file.processes or file.state is not State.OUTER:
         text += "\nTo remove the file is no solution: jobs at once destroy each other's images."
-    if file.processes or file.state is State.NOT_NOW:
-        return text
-    return f"""{text}
+    if not file.processes and file.state is not State.NOT_NOW:
+        text += f"""
 Only if your jobs share no guest images and other files with that one, give them a lock directory
 of their own: {DIR}."""
+    return text
 
 
 def describe(file: LockFile) -> str:

@@ -108,10 +108,7 @@ class Look:
             self.error = error.strerror or repr(error)
 
     def _look_at_all(self) -> bool:
-        """Look at what has not been looked at; return whether that is all there is.
-
-        What has ended unseen may have started another one, which only the next time shows.
-        """
+        """Look at what has not been looked at; return whether that is all there is."""
         has_ended = False
         there = {name for name in os.listdir("/proc") if name.isdigit()}
         # What is gone may have left its PID to another one.
@@ -121,16 +118,15 @@ class Look:
             try:
                 self._look_at(pid)
             except (FileNotFoundError, ProcessLookupError):
-                has_ended = True
+                has_ended = True  # It may have started another one, which only the next look shows.
+            except PermissionError:
+                self._done.add(pid)  # So does hidepid=1 hide the processes of others.
         if not has_ended and not there <= self._done:
             time.sleep(PAUSE)
         return not has_ended and there <= self._done
 
     def _look_at(self, pid: str) -> None:
-        """Look at a process, and be done with it unless it is to be looked at again.
-
-        :raises FileNotFoundError: when it has ended, or ProcessLookupError
-        """
+        """Look at a process, and be done with it unless it is to be looked at again."""
         stat = _Stat(pid)
         if stat.has_ended:
             self._done.add(pid)
