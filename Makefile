@@ -35,7 +35,7 @@ test: $(VENV)/made $(OLDEST)/made  ## Run the tests, and those of the plugin onc
 	$(OLDEST)/bin/pytest $(OLDEST_TESTS)
 
 guests: $(VENV)/made  ## Run every ending of a job with real QEMU guests: a quarter of an hour.
-	$(VENV)/bin/pytest --capture=no tests/guests/test_guests.py tests/guests/all_endings.py
+	$(VENV)/bin/pytest --capture=no --durations=0 -m "" tests/guests
 
 stress: $(VENV)/made  ## Run the tests of the lock and of many jobs with 100 times the rounds: hours.
 	$(VENV)/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_jobs.py
