@@ -84,7 +84,7 @@ class Look:
         self._pid = ""
         self._done: set[str] = set()
         self._around: set[str] = set()
-        self._blank_since: dict[tuple[str, int], float] = {}
+        self._blank: dict[tuple[str, int], list[float]] = {}
         # In a thread, to leave it behind: who reads the environment of a process waits while its
         # memory changes, and that may wait for storage that is dead.
         thread = threading.Thread(target=self._run, daemon=True)
@@ -138,9 +138,11 @@ class Look:
             for thread in os.listdir(f"/proc/{pid}/task"):
                 environ = environ or _read(f"{pid}/task/{thread}", "environ")
             is_blank = not environ and not command
-            now = time.monotonic()
-            since = self._blank_since.setdefault((pid, stat.started), now)
-            if not environ and now - since < (BLANK_TIMEOUT if is_blank else PAUSE):
+            times = self._blank.setdefault((pid, stat.started), [])
+            times.append(time.monotonic())
+            lasts = times[-1] - times[0] >= (BLANK_TIMEOUT if is_blank else PAUSE)
+            # Seen twice only it may have been in an exec, and then at its end.
+            if not environ and not (lasts and len(times) > 2):
                 return
         self._done.add(pid)
         self.is_denied |= environ is None
