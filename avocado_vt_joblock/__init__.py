@@ -1,8 +1,8 @@
 """A job lock for Avocado: no two jobs with VT tests at once in one lock directory.
 
 Avocado loads ``settings`` at every start, and ``plugin`` for every job. What ``plugin`` tells users
-is worded in ``messages``. It takes the lock with ``lock``, which is the protocol. That judges the
-locks of other jobs with ``lockfile``, and so does ``processes`` find what is left of those jobs.
+is worded in ``messages``. It takes the lock with ``lock``, which is the protocol. That judges other
+locks with ``lockfile``, which looks with ``processes`` for what is left of their jobs.
 Each imports only from those after it; ``settings`` is Avocado's alone.
 """
 

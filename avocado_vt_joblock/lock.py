@@ -1,12 +1,7 @@
 """The lock: a file in a directory, held by one job at a time.
 
-It keeps, in the order in which they win:
-
-1. exclusion: no two holders in one directory; no lock that may be live is removed, nothing killed;
-2. fail closed: what cannot be judged is an error;
-3. progress: of all who start together one gets the lock, and a holder that is gone stops nobody;
-4. bounded: nothing that lies in the directory, and nobody's lock, makes an attempt last for long;
-5. no litter: no partial lock file is ever seen, and what a crash leaves a later job removes.
+It promises, and the earlier wins over the later: exclusion, failing closed, progress, attempts that
+are bounded, and no litter. ``docs/promises.rst`` says what that means.
 
 A contender first publishes a lock file of its own and only then looks at the others, so of two at
 least one sees the other: that alone keeps exclusion. The guard around both steps, a flock on the
@@ -19,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
 import time
 
 from avocado_vt_joblock import lockfile
@@ -64,7 +58,7 @@ class JobLock:
     def acquire(self) -> list[LockFile]:
         """Take the lock, to keep it until :meth:`release` or the end of all that this job starts.
 
-        :return: the stale locks that were there; one that could not be removed has that reason
+        :return: the stale locks that were there; one that could not be removed has Reason.SYSTEM
         :raises LockInTheWayError: when another lock is not stale
         :raises OSError: when the system refuses something; its file name tells what it is about
         """
@@ -108,10 +102,10 @@ class JobLock:
         with contextlib.suppress(OSError):
             os.unlink(self._unpublished)
         unmark(self._name)
-        self.held = False
         fd, self._fd = self._fd, None
         with contextlib.suppress(OSError):
             os.close(fd)
+        self.held = False
         return problem
 
     def _publish(self) -> None:
@@ -119,7 +113,7 @@ class JobLock:
         # Nobody else may open it before the kernel lock is there.
         self._fd = os.open(self._unpublished, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
         try:
-            fcntl.fcntl(self._fd, lockfile.SETLK, lockfile.whole_file(fcntl.F_WRLCK))
+            fcntl.fcntl(self._fd, lockfile.SETLK, lockfile.struct_flock(fcntl.F_WRLCK))
         except OSError as error:
             raise OSError(error.errno, error.strerror, KERNEL_LOCK) from error
         with contextlib.suppress(OSError):
@@ -159,9 +153,7 @@ class JobLock:
             path = os.path.join(self._directory, name)
             if name.startswith(lockfile.UNPUBLISHED) and lockfile.NAME.fullmatch(name[1:]):
                 with contextlib.suppress(OSError):
-                    status = os.lstat(path)
-                    age = os.lstat(self.path).st_ctime - status.st_ctime
-                    if stat.S_ISREG(status.st_mode) and age > CRASHED:
+                    if os.lstat(self.path).st_ctime - os.lstat(path).st_ctime > CRASHED:
                         os.unlink(path)
 
 

@@ -68,15 +68,9 @@ class LockFile:
     detail: str | None = ""  # what the reason is about: the words of the system, or a PID
     processes: list[Process] = field(default_factory=list)  # what is left where the job has ended
 
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return os.path.basename(self.path)
-
-    @property
-    def job_id(self) -> str:
-        """The id of its job."""
-        return self.name[len(PREFIX) :].partition("-")[0]
+    def __post_init__(self) -> None:
+        self.name = os.path.basename(self.path)
+        self.job_id = self.name[len(PREFIX) :].partition("-")[0]
 
 
 def judge(paths: list[str]) -> list[LockFile]:
@@ -102,9 +96,10 @@ def judge(paths: list[str]) -> list[LockFile]:
 
 def judge_ended(files: list[LockFile], tests_only: bool = False) -> None:
     """Judge locks whose writers have ended by what is left of their jobs, or by tests only."""
-    look = Look() if files else None
+    if not files:
+        return
+    look = Look()
     for file in files:
-        assert look
         for process in sorted(look.processes, key=lambda process: process.pid):
             # Users can give two jobs the same id: the marks know better.
             is_its_test = process.test_of == file.job_id and not process.marks
@@ -129,7 +124,7 @@ def _writer_has_ended(file: LockFile, deadline: float) -> bool:
     fd = _open(file.path, deadline)
     try:
         # A shared lock, which takes no permission to write, does not count.
-        answer = fcntl.fcntl(fd, GETLK, whole_file(fcntl.F_RDLCK))
+        answer = fcntl.fcntl(fd, GETLK, struct_flock(fcntl.F_RDLCK))
         is_held = struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
         status = os.fstat(fd)
         match = _CONTENT.fullmatch(os.read(fd, 32))
@@ -138,12 +133,14 @@ def _writer_has_ended(file: LockFile, deadline: float) -> bool:
     file.uid, file.since = status.st_uid, status.st_mtime
     if match and 0 < int(match[1]) < 2**31:
         file.pid = int(match[1])
-        file.pid_is_here = may_have_written(file.pid, status, has_it_open=is_held)
+        opened = file.name if is_held else ""
+        file.pid_is_here = may_have_written(file.pid, file.since, opened)
     if is_held:
         file.state = State.OUTER if file.name in INHERITED else State.LIVE
         return False
-    # It may have been released meanwhile.
-    os.lstat(file.path)
+    # It may have been released meanwhile, and another one be there.
+    if not os.path.samestat(os.lstat(file.path), status):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     if not match or not file.pid:
         file.reason = Reason.NO_PID
     elif match["has_kernel_lock"] or not file.pid_is_here:
@@ -165,7 +162,7 @@ def _open(path: str, deadline: float) -> int:
             time.sleep(0.005)
 
 
-def whole_file(kind: int) -> bytes:
+def struct_flock(kind: int) -> bytes:
     """A struct flock (fcntl(2)) for a whole file; its l_pid has to be 0."""
     return struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
 

@@ -33,29 +33,23 @@ _REASONS = {
     Reason.INTERRUPTED: "Ctrl-C ended the look",
 }
 # Avocado chooses the file in the same way.
-_SECTION = f"[{SECTION}] of {os.environ.get('VIRTUAL_ENV', '~')}/.config/avocado/avocado.conf"
-_NOT_A_TIME = f"""{TIMEOUT} = {{!r}} is not a time to wait.
-That is a number of seconds, 0 to fail at once, or -1 to wait for as long as it takes.
-Set timeout in section {_SECTION}."""
-_NOT_ABSOLUTE = f"""the lock directory is not an absolute path: {DIR} = {{!r}}.
-~ and ~USER are expanded, if there is such a user; variables and quotes are taken as they are.
-Set dir in section {_SECTION}."""
+_FILE = f"{os.environ.get('VIRTUAL_ENV', '~')}/.config/avocado/avocado.conf"
+_SECTION = f"[{SECTION}] of {_FILE},\nor of the file of --config"
 _NO_KERNEL_LOCK = """this system has no open file description locks (F_OFD_SETLK), and without
 them no lock can be trusted. They need Linux 3.15, and some sandboxes such as gVisor lack them."""
-GONE = """The lock file {} was removed or replaced while the job ran.
-Other jobs may have run at the same time and changed the files that it used. Find out what did it:
-a cleaner of temporary files, for example."""
+GONE = """The lock file {} was removed or replaced while the job ran. Other jobs may have run at
+the same time and changed its images. Find out what did it: a cleaner of temporary files, maybe."""
 NOT_RELEASED = """The lock file {} could not be removed: {}.
-It stops no job after the last process of this job has ended: the next one that may removes it."""
+It stops no job after the last process of this job has ended. A later job removes it."""
 FILE_STAYS = """
 The lock file stays: {}.
-No other job with VT tests runs in this lock directory until all of this job has ended."""
+Until these have ended no other job of this user or of root runs. Then the next one removes it."""
 NOT_REMOVED = """The stale lock file {} could not be removed: {}. It does not stop this job.
 Its owner's next job removes it, unless guests still run that only the owner and root can see."""
 NO_STICKY_BIT = """Others may write in the lock directory {0} and, since it has no sticky bit,
 remove the lock while the job runs. Prevent that: chmod +t {0}"""
-WAITING = "Waiting {0}: {2}"
-STILL_WAITING = "Still waiting {0}, after {1}."
+WAITING = "Waiting {until}: {lock_file}"
+STILL_WAITING = "Still waiting {until}, after {waited}."
 OBTAINED = "Obtained the lock after {}."
 ENDING = """The job has ended, but {} process(es) of it still run: waiting up to {:g} s for them.
 Ctrl-C ends the waiting."""
@@ -74,7 +68,7 @@ def refusal(error: BaseException, directory: object, log: object) -> str:
     if isinstance(error, OSError):
         return FAILURE + _system_error(error, directory)
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return f"{FAILURE}it was interrupted before it had the lock."
+        return f"{FAILURE}it was interrupted before its tests."
     if type(error) is ValueError:
         return f"{FAILURE}{error}"
     return f"{FAILURE}{type(error).__name__}: {error}. Details are in {log}."
@@ -85,9 +79,8 @@ def _in_the_way(error: LockInTheWayError) -> str:
     if file.state is State.UNKNOWN:
         remove = "rm -r" if file.reason is Reason.NO_REGULAR_FILE else "rm"
         return f"""cannot tell whether a job still holds {file.path}: {_reason(file)}.
-Its owner is {_user(file)}. If no job, test or guest of {_user(file)} runs any more
-(as root: pgrep -af 'avocado|qemu'),
-then {_who(file)} can remove it:
+Look as root: pgrep -af 'avocado|qemu'. Only if there is no job, test or guest of {_user(file)}, who
+is its owner, {_who(file)} can remove it:
     {remove} {shlex.quote(file.path)}"""
     wait = f"set a longer {TIMEOUT}" if error.waited else f"set {TIMEOUT} to have this one wait"
     text = f"out of time after {duration(error.waited)}: " if error.waited else ""
@@ -140,10 +133,9 @@ def _left(file: LockFile) -> str:
         text += f"\nThere may be more, tests too: {_reason(file)}."
     pids = [str(process.pid) for process in file.processes]
     has_test = any(process.test_of for process in file.processes)
-    for process in file.processes:
-        if process.is_around:
-            return f"""{text}
-This job was started by {process.pid}, which that job has left. If it is your shell, then end it, or
+    if around := [process.pid for process in file.processes if process.is_around]:
+        return f"""{text}
+This job was started by {around[0]}, which that job has left. If it is your shell, then end it, or
 put a new one in its place: exec env -u {VARIABLE} bash"""
     if has_test or file.reason or any(process.is_blank for process in file.processes):
         test = "A test is among them. It" if has_test else "A test"
@@ -180,7 +172,9 @@ def timeout(value: object) -> float:
     with contextlib.suppress(ValueError):
         seconds = float(str(value))
     if seconds != -1 and not 0 <= seconds < math.inf:
-        raise ValueError(_NOT_A_TIME.format(value))
+        raise ValueError(f"""{TIMEOUT} = {value!r} is not a time to wait.
+That is a number of seconds, 0 to fail at once, or -1 to wait for as long as it takes.
+Set timeout in section {_SECTION}.""")
     return math.inf if seconds == -1 else seconds
 
 
@@ -191,7 +185,9 @@ def directory(value: object) -> str:
     """
     path = str(value)
     if "\0" in path or not os.path.isabs(os.path.expanduser(path)):
-        raise ValueError(_NOT_ABSOLUTE.format(value))
+        raise ValueError(f"""the lock directory is not an absolute path: {DIR} = {value!r}.
+~ and ~USER are expanded, if there is such a user; variables and quotes are taken as they are.
+Set dir in section {_SECTION}.""")
     return os.path.expanduser(path)
 
 
@@ -201,8 +197,8 @@ def end(file: LockFile, problem: OSError | None) -> list[str]:
     left = f"{len(file.processes)} process(es) of the job still run.{_left(file)}"
     if not file.processes:
         left = f"Nobody can tell whether something of the job still runs: {_reason(file)}."
-    stays = "" if is_gone else FILE_STAYS.format(file.path)
-    texts = [] if file.state is State.STALE else [left + stays]
+    left += "" if is_gone else FILE_STAYS.format(file.path)
+    texts = [] if file.state is State.STALE else [left]
     if problem:
         texts.append((GONE if is_gone else NOT_RELEASED).format(file.path, problem.strerror))
     return texts

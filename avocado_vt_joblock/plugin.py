@@ -27,7 +27,9 @@ except Exception as error:  # a half-done upgrade, for example
     _missing = error
 if TYPE_CHECKING:
     from avocado.core.job import Job
+    from avocado.core.nrunner.runnable import Runnable
 
+_JOB_FAIL = 2  # avocado.core.exit_codes.AVOCADO_JOB_FAIL
 #: How long to wait at the end of a job for what is left of it, in seconds.
 END_TIMEOUT = 5.0
 #: How long a waiting job waits between two attempts at most, and how often it says so, in seconds.
@@ -42,25 +44,26 @@ class VTJobLock(JobPre):
 
     name = "vt-joblock"
     description = "Avocado-VT Job Lock/Unlock"
-    # Above PluginPriority.VERY_HIGH: a refused job runs no other plugin's pre().
-    priority = 101
+    priority = 101  # above PluginPriority.VERY_HIGH: a refused job runs no other plugin's pre()
 
     def pre(self, job: Job) -> None:
         """Take the lock if the job contains VT tests.
 
         :param job: the job that is about to run
-        :raises JobError: when it could not be taken; on Avocado 103.0 and 104.0, which go on after
-                          that, SystemExit
+        :raises JobError: when it could not be taken; SystemExit on Avocado 103.0 and 104.0
         """
         try:
             _let_go(job)
-            if _has_vt_tests(job):
+            # In a dry run no test is of that kind.
+            if any(test.kind == "avocado-vt" for test in _tests(job)):
                 _take_turn(job)
-        except (KeyboardInterrupt, SystemExit) as error:
-            _refuse(error, job)
-            raise
         except BaseException as error:
-            raise _refuse(error, job) from error
+            stop: BaseException = SystemExit(_JOB_FAIL)
+            try:
+                stop = _refuse(error, job)
+            finally:
+                # Whatever comes now, a signal for example, Avocado must not go on.
+                raise stop from None
 
 
 class VTJobUnlock(JobPost):
@@ -68,8 +71,7 @@ class VTJobUnlock(JobPost):
 
     name = "vt-joblock-release"
     description = "Avocado-VT job lock: the release"
-    # Below PluginPriority.LAST_RESORT.
-    priority = -1
+    priority = -1  # below PluginPriority.LAST_RESORT
 
     def post(self, job: Job) -> None:
         """Release the lock if the job has it, unless something of the job still runs.
@@ -86,11 +88,10 @@ class VTJobUnlock(JobPost):
                 lock.release(leave_file=lock.held)
 
 
-def _has_vt_tests(job: Job) -> bool:
-    # A suite whose references are not resolved yet has None for tests. In a dry run no test is of
-    # the VT kind.
+def _tests(job: Job) -> list[Runnable]:
+    # A suite whose references are not resolved yet has None for tests.
     suites = [suite for suite in job.test_suites if getattr(suite, "enabled", True)]
-    return any(test.kind == "avocado-vt" for suite in suites for test in suite.tests or ())
+    return [test for suite in suites for test in suite.tests or ()]
 
 
 def _hold_back(job: Job) -> None:
@@ -130,6 +131,7 @@ def _take_turn(job: Job) -> None:
 def _wait_for_turn(lock: JobLock, seconds: float) -> list[LockFile]:
     started = told_at = time.monotonic()
     deadline = started + seconds
+    until = messages.until(deadline)
     told = set()
     while True:
         try:
@@ -140,12 +142,13 @@ def _wait_for_turn(lock: JobLock, seconds: float) -> list[LockFile]:
             if file.state not in (State.LIVE, State.NOT_NOW) or now >= deadline:
                 error.waited = now - started if seconds else 0.0
                 raise
-        has_test = any(process.test_of for process in file.processes)
-        what = (file.path, file.state, bool(file.processes), has_test)
+        # What is told again when it changes.
+        tests = any(process.test_of for process in file.processes)
+        what = (file.path, file.state, bool(file.processes), tests)
         if what not in told or now - told_at > REMINDER_INTERVAL:
             text = messages.STILL_WAITING if what in told else messages.WAITING
-            waited = messages.duration(now - started)
-            _tell(text.format(messages.until(deadline), waited, messages.describe(file)))
+            waited, lock_file = messages.duration(now - started), messages.describe(file)
+            _tell(text.format(until=until, waited=waited, lock_file=lock_file))
             told.add(what)
             told_at = now
         time.sleep(min(ATTEMPT_INTERVAL * random.uniform(0.5, 1), deadline - now))
@@ -183,9 +186,8 @@ def _all_passed(job: Job) -> bool:
     # Avocado calls post() while an exception is on its way out of the job, too.
     if sys.exc_info()[0] or job.status != "PASS" or job.exitcode or not job.result:
         return False
-    tests = sum(len(suite.tests or ()) for suite in job.test_suites if suite.enabled)
     results = [test["status"] for test in job.result.tests]
-    return len(results) >= tests and set(results) == {"PASS"}
+    return len(results) >= len(_tests(job)) and set(results) == {"PASS"}
 
 
 def _refuse(error: BaseException, job: Job) -> BaseException:
@@ -199,6 +201,8 @@ def _refuse(error: BaseException, job: Job) -> BaseException:
     _tell(text, logging.ERROR, _JOB_LOG)
     with contextlib.suppress(Exception):
         _add_to_results(text, job)
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return error
     with contextlib.suppress(Exception):
         from avocado.core import extension_manager
         from avocado.core.exceptions import JobError
@@ -207,7 +211,7 @@ def _refuse(error: BaseException, job: Job) -> BaseException:
         if issubclass(JobError, getattr(extension_manager, "JobBaseException", ())):
             return JobError(text)
     _tell(text, loggers=_USER)
-    return SystemExit(getattr(job, "exitcode", 0) | 2)  # AVOCADO_JOB_FAIL
+    return SystemExit(getattr(job, "exitcode", 0) | _JOB_FAIL)
 
 
 def _add_to_results(text: str, job: Job) -> None:
@@ -220,12 +224,11 @@ def _add_to_results(text: str, job: Job) -> None:
     why = {"fail_class": "JobError", "fail_reason": text.partition("\n")[0], "traceback": text}
     logs = {"logdir": job.logdir, "logfile": job.logfile, "time_elapsed": 0.0}
     job.result.check_test({**dict.fromkeys(times, time.time()), **state, **why, **logs})
-    job.status = "INTERRUPTED"  # For one with ERROR there is no report in HTML.
+    job.status = "INTERRUPTED"  # With ERROR there would be no report in HTML.
 
 
 def _tell(text: str, level: int = logging.WARNING, loggers: str = f"{_JOB_LOG} {_USER}") -> None:
-    """Tell ``job.log`` and the user; what the log handlers of a program raise changes nothing."""
-    # Warnings go to standard error: standard output may be the job's results.
+    """Tell ``job.log`` and the user; whatever log handlers raise, nothing changes."""
     for logger in loggers.split():
         try:
             logging.getLogger(logger).log(level, text, exc_info=level >= logging.ERROR)

@@ -33,7 +33,7 @@ _INTERPRETER = re.compile(r"python[0-9.]*|(?:ba|da|k)?sh")
 # A command by itself, to which aexpect adds the second part.
 _COMMAND = re.compile(r"(?P<program>[^\s;&|`$()]+)[^;&|`$\n]*(?:&& echo \w+ > /dev/null)?")
 # Threads that change the variable at once would lose each other's changes.
-_environ_lock = threading.Lock()
+_environ_lock = threading.RLock()  # which a Ctrl-C in between does not lock for ever
 
 
 @dataclass
@@ -78,10 +78,10 @@ class Look:
     def __init__(self) -> None:
         self.processes: list[Process] = []  # those that may be of a job
         self.is_settled = False  # whether these are all, since none has ended unseen
+        self.hanging = ""  # the PID of the one that is looked at: it may not answer
         self.error = ""  # why none can be seen, in the words of the system
-        self.sees_others = os.geteuid() == 0  # whether command lines of others can be seen
+        self.sees_others = False  # whether processes of other users can be seen
         self.is_denied = False  # whether some environments cannot
-        self._pid = ""
         self._done: set[str] = set()
         self._around: set[str] = set()
         self._blank: dict[tuple[str, int], list[float]] = {}
@@ -90,10 +90,11 @@ class Look:
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         thread.join(LOOK_TIMEOUT)
-        self.hanging = self._pid if thread.is_alive() else ""  # the PID of one that does not answer
 
     def _run(self) -> None:
         try:
+            with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+                self.sees_others = os.geteuid() == 0 and "hidepid=" not in file.read()
             # Not getpid(): this /proc may show another PID namespace.
             pid = os.readlink("/proc/self")
             self._done.add(pid)
@@ -104,6 +105,7 @@ class Look:
             deadline = time.monotonic() + SETTLE_TIMEOUT
             while not self.is_settled and time.monotonic() < deadline:
                 self.is_settled = self._look_at_all()
+            self.hanging = ""
         except OSError as error:
             self.error = error.strerror or repr(error)
 
@@ -114,13 +116,13 @@ class Look:
         # What is gone may have left its PID to another one.
         self._done &= there
         for pid in there - self._done:
-            self._pid = pid
+            self.hanging = pid
             try:
                 self._look_at(pid)
             except (FileNotFoundError, ProcessLookupError):
                 has_ended = True  # It may have started another one, which only the next look shows.
             except PermissionError:
-                self._done.add(pid)  # So does hidepid=1 hide the processes of others.
+                self._done.add(pid)  # It is another user's, and hidden by hidepid=1.
         if not has_ended and not there <= self._done:
             time.sleep(PAUSE)
         return not has_ended and there <= self._done
@@ -141,29 +143,30 @@ class Look:
             times = self._blank.setdefault((pid, stat.started), [])
             times.append(time.monotonic())
             lasts = times[-1] - times[0] >= (BLANK_TIMEOUT if is_blank else PAUSE)
-            # Seen twice only it may have been in an exec, and then at its end.
+            # Three looks: one may fall into its exec, and another one into its end.
             if not environ and not (lasts and len(times) > 2):
                 return
         self._done.add(pid)
         self.is_denied |= environ is None
-        self.sees_others |= environ is None and command is not None
+        uid = os.stat(f"/proc/{pid}").st_uid
+        self.sees_others |= bool(command) and uid != os.geteuid()
         marked, test = _MARKS.search(environ or b""), _TEST.search(command or b"")
         words = os.fsdecode(command or b"").split("\0")[:-1]
         if (marked or test or is_blank) and not _is_helper(words, stat.age):
             names = set(os.fsdecode(marked[1]).split(":")) if marked else set()
             test_of = os.fsdecode(test[1]).lower() if test else ""
-            uid, is_around = os.stat(f"/proc/{pid}").st_uid, pid in self._around
             text = " ".join(words) or f"[{stat.name}]"
+            is_around = pid in self._around
             process = Process(int(pid), text, uid, names, test_of, is_around, is_blank)
             self.processes.append(process)
 
 
-def may_have_written(pid: int, file: os.stat_result, has_it_open: bool) -> bool:
+def may_have_written(pid: int, when: float, opened: str) -> bool:
     """Whether a process may be the one that wrote its PID into a file, by kill(2) and proc(5).
 
     :param pid: the process, in the PID namespace of this one
-    :param file: the file
-    :param has_it_open: whether that process still has the file open
+    :param when: when that was, in seconds since the Epoch
+    :param opened: the name of the file, if that process still has it open
     :return: False only where it is plain that it is another process, or none
     """
     try:
@@ -176,12 +179,11 @@ def may_have_written(pid: int, file: os.stat_result, has_it_open: bool) -> bool:
         if os.readlink("/proc/self") != str(os.getpid()):
             return True
         stat = _Stat(str(pid))
-        if stat.has_ended or time.time() - stat.age > file.st_mtime + CLOCK_SLACK:
+        if stat.has_ended or time.time() - stat.age > when + CLOCK_SLACK:
             return False
-        links = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
-        # That of the listing itself is closed already.
-        links = [link for link in links if os.path.exists(link)]
-        return not has_it_open or any(os.path.samestat(os.stat(link), file) for link in links)
+        with os.scandir(f"/proc/{pid}/fd") as links:
+            # They are not followed: they may lead to storage that is dead.
+            return any(opened in os.readlink(link) for link in links)
     except OSError:
         return True
 
@@ -194,6 +196,7 @@ class _Stat:
             # The name, in parentheses, may hold anything.
             head, _, tail = os.fsdecode(file.read()).rpartition(")")
         state, self.parent, *fields = tail.split()
+        # Its flags, num_threads and starttime.
         flags, threads, self.started = (int(fields[index]) for index in (4, 15, 17))
         self.name = head.partition("(")[2]
         self.is_kernel_thread = bool(flags & 0x00200000)

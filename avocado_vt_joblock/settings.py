@@ -16,9 +16,8 @@ from avocado_vt_joblock import SECTION
 ADMIN_FILE = "/etc/avocado/conf.d/vt_joblock.conf"
 
 _DIR_HELP = """Directory in which a job with VT tests looks for the lock file of another job, and
-creates its own. It must exist, and Avocado needs permission to write in it. Jobs that share a lock
-directory never run VT tests at the same time; users with data directories of their own set a lock
-directory each."""
+creates its own. It must exist, and Avocado needs permission to write in it. Jobs that share guest
+images must share it; users with data directories of their own set one each."""
 _TIMEOUT_HELP = """For how many seconds a job with VT tests waits for the lock when another job
 holds it. With 0 it fails at once, with -1 it waits for as long as it takes."""
 
@@ -67,10 +66,7 @@ class VTJobLockSettings(Settings):
 
 
 def _installed_file() -> str:
-    """Where pip has put the config file of this package: beside it for ``pip install --target``.
-
-    Else in ``PREFIX/etc`` for a package in ``PREFIX/lib/pythonX.Y/site-packages``, but for ``/``.
-    """
+    """Where pip has put the config file: beside the package (``--target``), or in ``PREFIX/etc``."""
     beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     file = os.path.join(beside, ADMIN_FILE[1:])
     if beside.endswith(("/site-packages", "/dist-packages")) and not os.path.isfile(file):
