@@ -66,7 +66,7 @@ class VTJobLockSettings(Settings):
 
 
 def _installed_file() -> str:
-    """Where pip has put the config file: beside the package (``--target``), or in ``PREFIX/etc``."""
+    """Where pip has put the config file: beside the package (``--target``) or in ``PREFIX/etc``."""
     beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     file = os.path.join(beside, ADMIN_FILE[1:])
     if beside.endswith(("/site-packages", "/dist-packages")) and not os.path.isfile(file):
