@@ -3,10 +3,11 @@
 import ast
 import re
 import subprocess
+import sys
 
 import pytest
 from environments import PROJECT
-from sandbox import AVOCADO, FAILURE, assert_refused, finish
+from sandbox import AVOCADO, FAILURE, HERE, assert_refused, finish
 
 DOCS = PROJECT / "docs"
 PAGES = [PROJECT / "README.rst", *sorted(DOCS.glob("*.rst"))]
@@ -25,17 +26,16 @@ def blocks(page):
         yield match[2], "\n".join(line[indent:] for line in lines)
 
 
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
 def words(text):
     """A text in one line: how far columns are apart depends on what else is installed."""
     return " ".join(text.split())
 
 
-def pages_with(language):
-    return [page for page in PAGES if any(found == language for found, _ in blocks(page))]
-
-
 @needs_newest
-@pytest.mark.parametrize("page", pages_with("console"), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_print_what_is_shown(sandbox, page):
     """With the lines of config files that the page shows before them."""
     sandbox.configure("")
@@ -47,52 +47,31 @@ def test_commands_print_what_is_shown(sandbox, page):
         elif language == "console":
             for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
                 command, _, printed = part.partition("\n")
-                done = subprocess.run(
-                    ["bash", "-c", command],
-                    check=False,
-                    capture_output=True,
-                    text=True,
-                    env=sandbox.environment,
-                )
-                assert words(done.stdout) == words(printed), done
-
-
-# Tests are given as arguments: what needs something else of the machine cannot be run here.
-SCRIPTS = [
-    (language, block)
-    for page in PAGES
-    for language, block in blocks(page)
-    if language in ("sh", "bash") and '"$@"' in block
-]
-
-
-def run_script(sandbox, shell, script, test):
-    command = [shell, "-c", script, shell, "--disable-sysinfo", test.recipe]
-    return finish(sandbox.popen(*command))
+                bash = sandbox.popen("bash", "-c", command, stderr=subprocess.DEVNULL)
+                _, text = finish(bash)
+                assert words(text) == words(printed)
 
 
 @needs_newest
-@pytest.mark.parametrize(("shell", "script"), SCRIPTS)
-def test_scripts_keep_the_exit_code(sandbox, shell, script):
-    for outcome, expected in (("pass", 0), ("fail", 1)):
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_scripts_keep_the_exit_code(sandbox, shell):
+    # Tests are given as arguments: what needs something else of the machine cannot be run here.
+    scripts = [block for language, block in BLOCKS if language == shell and '"$@"' in block]
+    assert scripts
+    # A lock that nobody can judge: a job is refused then, whether it would wait or not.
+    lock = sandbox.lock_dir / f"avocado-vt-joblock-{40 * '0'}-0-00000000.pid"
+    for outcome, expected in (("pass", 0), ("fail", 1), ("refused", 2)):
         test = sandbox.vt_test(outcome, outcome=outcome)
         test.end()
-        code, text = run_script(sandbox, shell, script, test)
-        assert code == expected, text
-        assert test.has_begun
-        assert "No test has run" not in text
-    # A lock that nobody can judge: a job is refused then, whether it would wait or not.
-    (sandbox.lock_dir / f"avocado-vt-joblock-{40 * '0'}-0-00000000.pid").touch()
-    test = sandbox.vt_test("refused")
-    code, text = run_script(sandbox, shell, script, test)
-    assert code == 2, text
-    assert FAILURE in text
-    assert not test.has_begun
-    assert ("No test has run" in text) == ("No test has run" in script)
-
-
-def test_there_are_scripts():
-    assert {shell for shell, _ in SCRIPTS} == {"sh", "bash"}
+        if outcome == "refused":
+            lock.touch()
+        for script in scripts:
+            command = [shell, "-c", script, shell, "--disable-sysinfo", test.recipe]
+            code, text = finish(sandbox.popen(*command))
+            assert code == expected, text
+            assert (FAILURE in text) == (outcome == "refused")
+            assert ("No test has run" in text) == (FAILURE in text and "No test has run" in script)
+        assert len(test.notes()) == (0 if outcome == "refused" else 2 * len(scripts))
 
 
 @needs_newest
@@ -101,19 +80,20 @@ def test_message_of_a_job_that_is_refused(sandbox, holder):
     text = assert_refused(sandbox.run(test), test)
     # Other plugins tell where they have put the results.
     message = re.search("Avocado job failed.*?(?=\n\n|\nJOB )", text, re.DOTALL)[0]
-    shown = [
-        block
-        for page in PAGES
-        for _, block in blocks(page)
-        if block.startswith("Avocado job failed") and "job id" in block
-    ]
+    shown = [block for _, block in BLOCKS if re.match(r"Avocado job failed[\s\S]*job id", block)]
     # In the README and in the manual.
     assert len(shown) == 2
-    for block in shown:
-        same = [
-            re.sub("(file|PID|user|job id|since): +.*", r"\1", each) for each in (block, message)
-        ]
-        assert words(same[0]) == words(same[1])
+    own = "(file|PID|user|job id|since): +.*"
+    assert {words(re.sub(own, r"\1", text)) for text in shown} == {
+        words(re.sub(own, r"\1", message))
+    }
+
+
+@needs_newest
+def test_demo(sandbox):
+    code, text = finish(sandbox.popen(sys.executable, HERE / "demo.py"))
+    assert code == 0, text
+    assert "NO:" not in text
 
 
 def literals(path):
