@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import time
+from unittest import mock
 
 from avocado_vt_joblock import lock, lockfile, processes
 
@@ -41,16 +42,12 @@ def intercepted(hook):
 
     :param hook: called with the name of the system call, and with what does and returns it
     """
-    rooms, modules = (lock, lockfile, processes), (os, fcntl, time)
-    for room, module in itertools.product(rooms, modules):
-        if hasattr(room, module.__name__):
-            setattr(room, module.__name__, _Module(module, hook))
-    try:
+    with contextlib.ExitStack() as stack:
+        for room, real in itertools.product((lock, lockfile, processes), (os, fcntl, time)):
+            if hasattr(room, real.__name__):
+                module = _Module(real, hook)
+                stack.enter_context(mock.patch.object(room, real.__name__, module))
         yield
-    finally:
-        for room, module in itertools.product(rooms, modules):
-            if hasattr(room, module.__name__):
-                setattr(room, module.__name__, module)
 
 
 def only(pids, call):
@@ -77,12 +74,3 @@ def at_call(number, instead):
         return instead(name, call) if next(numbers) == number else only([os.getpid()], call)
 
     return hook
-
-
-def descriptors():
-    """The open descriptors of this process, with what they refer to."""
-    found = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return found

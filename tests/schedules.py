@@ -46,8 +46,7 @@ def run_schedule(whats, schedule, pids=()):
         if name == "sleep" and call.args[0]:
             # It waits: in vain before somebody else has changed something.
             actor.waits = True
-            director.switch()
-            return None
+            return director.switch()
         if name not in PRIVATE:
             director.switch()
         if name in ("close", "unlink", "kill"):
@@ -60,7 +59,7 @@ def run_schedule(whats, schedule, pids=()):
         for taken in itertools.chain(schedule, itertools.repeat(0)):
             living = [actor for actor in actors if not actor.dead]
             if not living:
-                return steps
+                break
             ready = [actor for actor in living if not actor.waits]
             if not ready:
                 # Time passes, and whoever waits looks again.
@@ -71,7 +70,7 @@ def run_schedule(whats, schedule, pids=()):
             current = sorted(ready, key=lambda actor: actor is not current)[taken]
             current.waits = False
             current.switch()
-    return None
+    return steps
 
 
 def following(steps, preemptions):
