@@ -17,7 +17,6 @@ WAIT = "import sys; print(flush=True); sys.stdin.read()"
 
 @pytest.fixture(autouse=True)
 def no_hang(request):
-    """Fail what hangs."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(300 * request.config.getoption("--stress"))
     yield
@@ -52,9 +51,9 @@ def new_lock(directory):
 @pytest.fixture
 def held(new_lock):
     """A lock that is held."""
-    lock = new_lock()
-    lock.acquire()
-    return lock
+    made = new_lock()
+    made.acquire()
+    return made
 
 
 @pytest.fixture

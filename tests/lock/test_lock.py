@@ -12,13 +12,12 @@ from pathlib import Path
 
 import others
 import pytest
+from conftest import WAIT
 from faults import intercepted
 from needs import PID_NAMESPACE, needs_pid_namespaces
-from others import attempt, contend, leave_stale_lock, names, process
+from others import attempt, contend, leave_lock, names, process
 
-from avocado_vt_joblock import lock as lock_module
-from avocado_vt_joblock import lockfile, processes
-from avocado_vt_joblock.lock import JobLock
+from avocado_vt_joblock import lock, lockfile, processes
 
 JOB_ID = "0123456789abcdef0123456789abcdef01234567"
 
@@ -40,57 +39,58 @@ def test_file(directory, new_lock, given):
             mode = stat.S_IMODE(path.stat().st_mode)
             if not path.name.startswith("."):
                 seen.add((mode, path.read_text(), is_locked(path)))
-            elif not is_locked(path):
-                assert mode == 0o600
+            assert is_locked(path) or mode == 0o600
         return call()
 
-    lock = new_lock(given)
+    made = new_lock(given)
     umask = os.umask(0o077)
     try:
         with intercepted(hook):
-            lock.acquire()
+            made.acquire()
     finally:
         os.umask(umask)
     assert seen == {(0o644, f"{os.getpid()}\n\n", True)}
     (name,) = names(directory)
     assert re.fullmatch(rf"avocado-vt-joblock-{JOB_ID}-{os.getuid()}-[0-9a-z]{{8}}\.pid", name)
-    assert lock.path == str(directory / name)
+    assert made.path == str(directory / name)
 
 
 @pytest.mark.parametrize("given", ["nightly #7", "../../etc", "0x" + "1" * 38, JOB_ID + "0"])
 def test_job_id_that_makes_no_name(directory, given):
     with pytest.raises(ValueError, match=re.escape(given)):
-        JobLock(str(directory), given)
+        lock.JobLock(str(directory), given)
 
 
-def test_held_lock_refuses(directory, new_lock):
-    held = new_lock(JOB_ID)
-    held.acquire()
-    told = attempt(directory)
+def test_second_job_in_the_process(directory, held, new_lock):
+    """It is refused like any other, in a thread as well: it is not inside of the first."""
+    job_id = lockfile.LockFile(held.path).job_id
+    told = []
+    # Avocado takes a job id from its user, too.
+    thread = threading.Thread(target=lambda: told.append(contend(new_lock(job_id))))
+    thread.start()
+    thread.join()
+    (told,) = told
     assert (told.state, told.path, told.pid) == ("LIVE", held.path, os.getpid())
     assert (told.uid, told.pid_is_here) == (os.getuid(), True)
     assert time.time() - 60 < told.since < time.time() + 1
-    # Avocado takes a job id from its user too.
-    assert contend(new_lock(JOB_ID)).state == "LIVE"
     assert names(directory) == [Path(held.path).name]
 
 
 @pytest.mark.parametrize("leave_file", [False, True])
 def test_release(directory, new_lock, leave_file):
-    lock = new_lock()
-    assert lock.release(leave_file) is None
-    lock.acquire()
-    assert lock.held
-    assert lock.release(leave_file) is None
-    assert lock.release() is None
-    assert not lock.held
-    assert names(directory) == [Path(lock.path).name] * leave_file
-    assert processes.VARIABLE not in os.environ
-    # Nothing of it is left.
-    assert attempt(directory).state == "WON"
-    assert names(directory) == []
-    lock.acquire()
-    assert names(directory) == [Path(lock.path).name]
+    made = new_lock()
+    assert made.release(leave_file) is None
+    # Again, once nothing of it is left.
+    for _ in range(2):
+        made.acquire()
+        assert made.held
+        assert names(directory) == [Path(made.path).name]
+        assert made.release(leave_file) is None
+        assert made.release() is None
+        assert not made.held
+        assert names(directory) == [Path(made.path).name] * leave_file
+        assert attempt(directory).state == "WON"
+        assert names(directory) == []
 
 
 def replace(path):
@@ -125,31 +125,20 @@ def test_directories(directory, held, tmp_path):
 
 def test_what_a_crash_has_left(directory, monkeypatch):
     """An unpublished file is removed when it is too old for a maker that is still at work."""
-    path = leave_stale_lock(directory)
+    path = leave_lock(directory)
     path = path.rename(path.with_name(f".{path.name}"))
-    others = [path.with_name(f".{path.name}"), path.with_name(f"{path.name}.bak")]
-    for other in others:
+    spared = [path.with_name(f".{path.name}"), path.with_name(f"{path.name}.bak")]
+    for other in spared:
         other.touch()
     # A date that any user can set tells nothing.
     assert attempt(directory).state == "WON"
     assert path.exists()
-    monkeypatch.setattr(lock_module, "CRASHED", -1)
+    monkeypatch.setattr(lock, "CRASHED", -1)
     assert attempt(directory).state == "WON"
-    assert names(directory) == sorted(other.name for other in others)
+    assert names(directory) == sorted(other.name for other in spared)
     path.mkdir()
     assert attempt(directory).state == "WON"
     assert path.exists()
-
-
-def test_second_job_in_the_process(directory, held):
-    """It waits for the first like any other, in a thread as well: it is not inside of it."""
-    told = []
-    thread = threading.Thread(target=lambda: told.append(attempt(directory)))
-    thread.start()
-    thread.join()
-    assert [(this.state, this.path) for this in told] == [("LIVE", held.path)]
-    held.release()
-    assert attempt(directory).state == "WON"
 
 
 def test_marks_of_threads_are_not_lost(monkeypatch):
@@ -196,28 +185,15 @@ def test_what_the_process_starts_is_marked(new_lock, held, tmp_path, start):
 
 def test_program_that_is_started_has_no_kernel_lock(directory, held, start):
     start(close_fds=False)
-    held.release()
-    assert attempt(directory).state == "WON"
-
-
-CHILD_OUTLIVES = """
-import os, sys
-from avocado_vt_joblock.lock import JobLock, LockInTheWayError
-lock = JobLock(*sys.argv[1:])
-lock.acquire()
-if os.fork():
-    os.wait()
-try:
-    JobLock(*sys.argv[1:]).acquire()
-except LockInTheWayError as error:
-    print(error.file.state.name, flush=True)
-sys.stdin.read()
-"""
+    held.release(leave_file=True)
+    assert not is_locked(held.path)
 
 
 def test_forked_child(directory, start):
-    """It is of the job: refused as its parent is, and its lock lives on when that is killed."""
-    parent = start(directory, JOB_ID, script=CHILD_OUTLIVES)
+    """It is of the job: the lock lives on in it when its parent is killed."""
+    script = "import os, sys; from avocado_vt_joblock import lock; "
+    script += "lock.JobLock(*sys.argv[1:]).acquire(); os.fork() and os.wait(); " + WAIT
+    parent = start(directory, JOB_ID, script=script)
     told = attempt(directory)
     assert (told.state, told.pid, told.pid_is_here) == ("LIVE", parent.pid, True)
     parent.kill()
@@ -235,19 +211,14 @@ def test_pid_of_another_container(directory, init):
         assert not other.told.pid_is_here
 
 
-def test_released_while_somebody_looks_at_it(directory, held, start):
-    """Its file is open there already; what is left on purpose does not count."""
-    asked = []
+def test_released_while_somebody_looks_at_it(directory, held):
+    """Its file is open there already, when it is asked for its kernel lock."""
 
     def hook(name, call):
-        if name == "fcntl":
-            asked.append(call)
-            # The first is for the kernel lock of its own.
-            if len(asked) == 2:
-                held.release()
+        if name == "fcntl" and call.args[1] == lockfile.GETLK:
+            held.release()
         return call()
 
-    start()
     with intercepted(hook):
         told = attempt(directory)
     assert (told.state, told.stale, held.held) == ("WON", [], False)
@@ -266,6 +237,5 @@ def test_python_that_was_built_against_an_old_c_library(directory):
 def test_cleaners_of_tmp_see_that_a_file_is_in_use(held):
     ask = ["flock", "--nonblock", "--shared", held.path, "true"]
     assert subprocess.run(ask, check=False).returncode == 1
-    assert is_locked(held.path)
     held.release(leave_file=True)
     assert subprocess.run(ask, check=False).returncode == 0
