@@ -1,10 +1,4 @@
-"""Stand between the lock and the system: to count its calls, stop at them, or have them fail. ::
-
-    with intercepted(at_call(3, lambda name, call: os._exit(1))):
-        lock.acquire()
-
-dies at the fourth system call.
-"""
+"""Stand between the lock and the system: to note its calls, stop at them, or have them fail."""
 
 import contextlib
 import fcntl
@@ -58,19 +52,12 @@ def only(pids, call):
     return found
 
 
-def count(what):
-    """The names of the system calls that something makes."""
-    calls = []
-    with intercepted(lambda name, call: (calls.append(name), only([os.getpid()], call))[1]):
-        what()
-    return calls
-
-
-def at_call(number, instead):
-    """Make a hook that has one system call, from 0 on, done in another way."""
-    numbers = itertools.count()
+def at_call(number, instead, calls):
+    """Make a hook that notes all system calls, and has one, from 0 on, done in another way."""
 
     def hook(name, call):
-        return instead(name, call) if next(numbers) == number else only([os.getpid()], call)
+        calls.append(name)
+        is_it = len(calls) == number + 1
+        return instead(name, call) if is_it else only([os.getpid()], call)
 
     return hook

@@ -1,7 +1,7 @@
 """Lock files and processes of others.
 
-As a script, ``others.py DIRECTORY [COMMAND...]``, it tries to take the lock, tells what came of it,
-starts the command in a session of its own, and holds the lock until its standard input ends.
+As a script, ``others.py DIRECTORY``, it tries to take the lock, tells what came of it, and holds
+the lock until its standard input ends.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ _RUN = os.getpid()
 
 
 def names(directory):
-    """The names of the files in a directory."""
     return sorted(os.listdir(directory))
 
 
@@ -32,7 +31,6 @@ def job_id(number):
 
 
 def lock_path(directory, number):
-    """Where a job's lock file lies."""
     return directory / f"{lockfile.PREFIX}{job_id(number)}-{os.getuid()}-{number:08x}.pid"
 
 
@@ -60,14 +58,10 @@ def contend(contender):
     except lock.LockInTheWayError as error:
         file = error.file
         told = {"state": file.state.name, "reason": file.reason and file.reason.name}
+        told["pids"] = {process.pid for process in file.processes}
         return SimpleNamespace(**{**vars(file), **told})
     except OSError as error:
         return SimpleNamespace(state="ERROR", errno=error.errno, filename=error.filename)
-
-
-def pids(told):
-    """The PIDs of the processes that keep a lock live."""
-    return {process.pid for process in told.processes}
 
 
 def attempt(directory):
@@ -85,42 +79,30 @@ def attempt_as(uid, directory):
 
 
 @contextlib.contextmanager
-def process(directory, *prefix, starts=(), **options):
+def process(directory, *prefix, **options):
     """A process that tries to take the lock and holds it until the end, or until it is killed.
 
     :param prefix: a command to run it by
-    :param starts: a command that it starts
-    :return: its ``Popen``, which has what came of it as ``told``, and that one's PID as ``guest``
+    :return: its ``Popen``, which has what came of it as ``told``
     """
-    command = [*prefix, sys.executable, __file__, directory, *starts]
+    command = [*prefix, sys.executable, __file__, directory]
     # It is not of a job that holds a lock here.
     options = {"env": {**os.environ, processes.VARIABLE: ""}, **options}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, **options) as popen:
-        popen.told, popen.guest = pickle.load(popen.stdout)
+        popen.told = pickle.load(popen.stdout)
         yield popen
         popen.stdin.close()
         popen.stdout.read()
 
 
-def kill(popen):
-    """Kill a process, and wait until it and, of a prefix, its child are gone."""
-    popen.kill()
-    popen.stdout.read()
-    popen.wait()
-
-
-def main(directory, *command):
+def main(directory):
     contender = lock.JobLock(directory, job_id(os.getpid()))
-    told, guest = contend(contender), None
-    if command:
-        null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        guest = subprocess.Popen(command, **null, start_new_session=True).pid
-    pickle.dump((told, guest), sys.stdout.buffer)
+    pickle.dump(contend(contender), sys.stdout.buffer)
     sys.stdout.flush()
     sys.stdin.read()
     contender.release()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

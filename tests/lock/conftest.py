@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from others import job_id
 
-from avocado_vt_joblock.lock import JobLock
+from avocado_vt_joblock import lock
 
 #: What a process that is started does as a rule.
 WAIT = "import sys; print(flush=True); sys.stdin.read()"
@@ -40,12 +41,12 @@ def new_lock(directory):
     made = []
 
     def make(job=None, where=directory):
-        made.append(JobLock(str(where), job or job_id(len(made) + 1)))
+        made.append(lock.JobLock(str(where), job or job_id(len(made) + 1)))
         return made[-1]
 
     yield make
-    for lock in made:
-        lock.release()
+    for each in made:
+        each.release()
 
 
 @pytest.fixture
@@ -77,3 +78,22 @@ def start():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(popen.pid, signal.SIGKILL)
         popen.communicate()
+
+
+@contextlib.contextmanager
+def mounted(directory, *options, mkfs=""):
+    """Mount a file system over a directory, maybe one that is made in an image beside it."""
+    image = directory.with_name("image")
+    if mkfs:
+        if shutil.which(f"mkfs.{mkfs.split()[0]}") is None:
+            pytest.skip(f"there is no mkfs.{mkfs}")
+        with image.open("wb") as file:
+            file.truncate(400 * 2**20)
+        subprocess.run([*f"mkfs.{mkfs}".split(), image], check=True, stdout=subprocess.DEVNULL)
+        options = "-o", "loop", image
+    if subprocess.run(["mount", *options, directory], check=False).returncode:
+        pytest.skip("here that cannot be mounted")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
