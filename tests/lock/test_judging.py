@@ -33,8 +33,7 @@ def judged(directory, path):
     if told.state == "WON":
         assert names(directory) == []
         return "STALE", None
-    assert (told.path, names(directory)) == (str(path), [path.name])
-    assert path.lstat().st_ctime == before.st_ctime
+    assert (told.path, path.lstat().st_ctime) == (str(path), before.st_ctime)
     return told.state, told.reason
 
 
@@ -43,7 +42,6 @@ def judged(directory, path):
     [
         # Its writer would have the kernel lock.
         *[(OURS, kind, 0, "STALE") for kind in ("dead", "itself", "alive", "zombie")],
-        (OURS, "alive", AN_HOUR, "STALE"),
         *[(ITS, kind, 0, "STALE") for kind in ("dead", "zombie")],
         *[(ITS, kind, 0, "LIVE") for kind in ("itself", *ALIVE)],
         *[(ITS + end, "alive", 0, "LIVE") for end in (b"\n", b" \n", b"\n\n\n")],
@@ -110,19 +108,16 @@ def test_names_that_only_resemble_a_lock(directory):
 
 def test_which_is_told_of_several(directory, monkeypatch):
     """Whoever waits for a live one would be stopped in the end by one that nobody can judge."""
-    left = [leave_lock(directory).name]
     monkeypatch.setattr(processes, "SETTLE_TIMEOUT", 0)
-    assert attempt(directory).state == "NOT_NOW"
-    for number, content, state in ((1, b"%d" % os.getpid(), "LIVE"), (2, b"", "UNKNOWN")):
+    contents = {"NOT_NOW": CONTENT["this package"], "LIVE": b"%d" % os.getpid(), "UNKNOWN": b""}
+    for number, (state, content) in enumerate(contents.items()):
         path = leave_lock(directory, number, content, age=0)
-        left.append(path.name)
         told = attempt(directory)
-        assert (told.state, told.path) == (state, str(path))
-    assert names(directory) == sorted(left)
+        assert (told.state, told.path, len(names(directory))) == (state, str(path), number + 1)
     # Stale ones go in any case.
     monkeypatch.undo()
     attempt(directory)
-    assert names(directory) == sorted(left[1:])
+    assert len(names(directory)) == 2
 
 
 def test_many(directory):
@@ -171,19 +166,18 @@ def test_leases_make_nobody_wait(directory, start):
 
 
 @pytest.mark.parametrize(
-    ("code", "times", "pid", "state", "stays"),
+    ("code", "times", "state", "stays"),
     [
-        # As with an NFS server that takes the delegation of a client with a lock back.
-        (errno.EWOULDBLOCK, 3, None, "WON", False),
+        # An NFS server takes the delegation of a client with a lock back.
+        (errno.EWOULDBLOCK, 3, "WON", False),
         # Another client of NFS has removed the file.
-        (errno.ESTALE, 1, os.getpid(), "WON", True),
+        (errno.ESTALE, 1, "WON", True),
         # It has turned into a link.
-        (errno.ELOOP, 1, None, "UNKNOWN", True),
+        (errno.ELOOP, 1, "UNKNOWN", True),
     ],
-    ids=["delegation", "stale handle", "link"],
 )
-def test_open_fails(directory, code, times, pid, state, stays):
-    path = leave_lock(directory, content="avocado-vt", pid=pid, age=0)
+def test_open_fails(directory, code, times, state, stays):
+    path = leave_lock(directory)
     errors = [OSError(code, os.strerror(code))] * times
 
     def hook(name, call):
@@ -293,6 +287,6 @@ def test_holder_in_another_pid_namespace(directory, holder, heir):
 @needs.needs_pid_namespaces
 @pytest.mark.parametrize(("namespace", "state"), [(INSIDE, "WON"), (NO_PROC, "LIVE")])
 def test_proc_of_another_namespace_is_not_asked(directory, namespace, state):
-    # By their start neither the process 1 inside nor the one outside could be the holder.
+    """By their start neither the process 1 inside nor the one outside could be the holder."""
     leave_lock(directory, content="avocado-vt", pid=1, age=AGES)
     assert told_to(directory, *namespace) == (state, None)
