@@ -1,6 +1,5 @@
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -81,18 +80,14 @@ def start():
 
 
 @contextlib.contextmanager
-def mounted(directory, *options, mkfs=""):
-    """Mount a file system over a directory, maybe one that is made in an image beside it."""
+def mounted(directory, mkfs):
+    """Mount a file system over a directory, from an image beside it."""
     image = directory.with_name("image")
-    if mkfs:
-        if shutil.which(f"mkfs.{mkfs.split()[0]}") is None:
-            pytest.skip(f"there is no mkfs.{mkfs}")
-        with image.open("wb") as file:
-            file.truncate(400 * 2**20)
-        subprocess.run([*f"mkfs.{mkfs}".split(), image], check=True, stdout=subprocess.DEVNULL)
-        options = "-o", "loop", image
-    if subprocess.run(["mount", *options, directory], check=False).returncode:
-        pytest.skip("here that cannot be mounted")
+    subprocess.run(["truncate", "--size=400M", image], check=True)
+    making = subprocess.run(f"mkfs.{mkfs} {image}", shell=True, check=False, capture_output=True)
+    mount = ["mount", "-o", "loop", image, directory]
+    if making.returncode or subprocess.run(mount, check=False).returncode:
+        pytest.skip(f"here mkfs.{mkfs} or mounting is not possible")
     try:
         yield
     finally:

@@ -17,10 +17,11 @@ class Contender(lock.JobLock):
 
     holders = 0
     won = False
+    stale = ()
 
     def take(self):
         with contextlib.suppress(lock.LockInTheWayError):
-            self.acquire()
+            self.stale = self.acquire()
             self.won = True
             Contender.holders += 1
             assert Contender.holders == 1
@@ -91,6 +92,8 @@ def test_every_schedule(directory, monkeypatch, guard, count, what, preemptions,
         outcome = tuple(contender.won for contender in contenders)
         assert any(outcome) or not (guard and somebody_wins), schedule
         for contender in contenders:
+            # What was released is gone, and not stale.
+            assert not contender.stale or what in ("stale lock", "process ends")
             contender.give_back()
         for path in directory.iterdir():
             # Where nobody has won nobody has seen that the process has ended.
