@@ -77,18 +77,3 @@ def start():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(popen.pid, signal.SIGKILL)
         popen.communicate()
-
-
-@contextlib.contextmanager
-def mounted(directory, mkfs):
-    """Mount a file system over a directory, from an image beside it."""
-    image = directory.with_name("image")
-    subprocess.run(["truncate", "--size=400M", image], check=True)
-    making = subprocess.run(f"mkfs.{mkfs} {image}", shell=True, check=False, capture_output=True)
-    mount = ["mount", "-o", "loop", image, directory]
-    if making.returncode or subprocess.run(mount, check=False).returncode:
-        pytest.skip(f"here mkfs.{mkfs} or mounting is not possible")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", directory], check=True)
