@@ -80,29 +80,24 @@ def attempt_as(uid, directory):
 
 @contextlib.contextmanager
 def process(directory, *prefix, **options):
-    """A process that tries to take the lock and holds it until the end, or until it is killed.
+    """A process, maybe by a command, that tries to take the lock and holds it until the end.
 
-    :param prefix: a command to run it by
-    :return: its ``Popen``, which has what came of it as ``told``
+    Its ``told`` is what came of it.
     """
     command = [*prefix, sys.executable, __file__, directory]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **options}
     # It is not of a job that holds a lock here.
     options = {"env": {**os.environ, processes.VARIABLE: ""}, **options}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, **options) as popen:
+    with subprocess.Popen(command, **options) as popen:
         popen.told = pickle.load(popen.stdout)
         yield popen
         popen.stdin.close()
         popen.stdout.read()
 
 
-def main(directory):
-    contender = lock.JobLock(directory, job_id(os.getpid()))
+if __name__ == "__main__":
+    contender = lock.JobLock(sys.argv[1], job_id(os.getpid()))
     pickle.dump(contend(contender), sys.stdout.buffer)
     sys.stdout.flush()
     sys.stdin.read()
     contender.release()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

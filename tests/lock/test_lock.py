@@ -15,7 +15,7 @@ import pytest
 from conftest import WAIT
 from faults import intercepted
 from needs import PID_NAMESPACE, needs_pid_namespaces
-from others import attempt, contend, leave_lock, names, process
+from others import attempt, contend, leave_lock, lock_path, names, process
 
 from avocado_vt_joblock import lock, lockfile, processes
 
@@ -103,7 +103,8 @@ def test_file_that_vanishes(directory, held, what, leave_file):
 def test_what_a_crash_has_left(directory, monkeypatch):
     """An unpublished file is removed when it is too old for a maker that is still at work."""
     path = leave_lock(directory)
-    left, *spared = [f".{path.name}", f"..{path.name}", f".{path.name}.bak"]
+    left, directory_like_it = f".{path.name}", f".{lock_path(directory, 1).name}"
+    spared = [directory_like_it, f"..{path.name}", f".{path.name}.bak"]
     path.rename(directory / left)
     for name in spared:
         path.with_name(name).mkdir()

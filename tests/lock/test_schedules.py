@@ -30,10 +30,6 @@ class Contender(lock.JobLock):
         Contender.holders -= self.held
         assert self.release() is None
 
-    def take_and_give_back(self):
-        self.take()
-        self.give_back()
-
     def wait_and_take(self):
         while not self.won:
             self.take()
@@ -50,7 +46,8 @@ def prepare(what, directory, contenders):
         holder.take()
         whats.append(holder.give_back)
     if what == "first one waits":
-        whats[:2] = contenders[0].wait_and_take, contenders[1].take_and_give_back
+        waiting, other = contenders
+        whats[:2] = waiting.wait_and_take, lambda: (other.take(), other.give_back())
     if what != "process ends":
         return whats, []
     # One of a killed job is still there, and ends at any moment.
