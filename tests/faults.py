@@ -50,14 +50,3 @@ def only(pids, call):
     if call.args == ("/proc",):
         return [name for name in found if name in {"self", *map(str, pids)}]
     return found
-
-
-def at_call(number, instead, calls):
-    """Make a hook that notes all system calls, and has one, from 0 on, done in another way."""
-
-    def hook(name, call):
-        calls.append(name)
-        is_it = len(calls) == number + 1
-        return instead(name, call) if is_it else only([os.getpid()], call)
-
-    return hook

@@ -26,7 +26,9 @@ def no_hang(request):
 @pytest.fixture
 def directory():
     """A lock directory that is as /tmp: everybody may write, and remove what is their own."""
-    with tempfile.TemporaryDirectory(prefix="vt-joblock-test-") as parent:
+    # In memory, if that can be had: hundreds of thousands of files are made.
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(prefix="vt-joblock-test-", dir=memory) as parent:
         Path(parent).chmod(0o755)
         path = Path(parent) / "locks"
         path.mkdir()

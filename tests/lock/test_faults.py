@@ -6,7 +6,7 @@ import os
 import threading
 
 import pytest
-from faults import at_call, intercepted
+from faults import intercepted, only
 from others import CONTENT, attempt, contend, leave_lock, names
 
 from avocado_vt_joblock import lock, processes
@@ -50,20 +50,27 @@ def each_call(directory, new_lock, situation):
 
     def each_call(instead, may_lose=()):
         made, what = begin()
-        calls = []
-        with intercepted(at_call(-1, None, calls)):
+        calls, number = [], None
+
+        def hook(name, call):
+            calls.append(name)
+            is_it = len(calls) - 1 == number
+            return instead(name, call) if is_it else only([os.getpid()], call)
+
+        with intercepted(hook):
             what()
         made.release()
-        for number, name in enumerate(calls):
-            so_far, opened = calls[: number + 1], descriptors()
-            yield name, begin, intercepted(at_call(number, instead, []))
-            assert name in may_lose or descriptors() == opened, so_far
+        for number, name in enumerate(tuple(calls)):
+            calls.clear()
+            opened = descriptors()
+            yield name, begin, intercepted(hook)
+            assert name in may_lose or descriptors() == opened, (number, calls)
             told = attempt(directory)
-            assert told.state == "WON" or (live.held and told.path == live.path), so_far
+            assert told.state == "WON" or (live.held and told.path == live.path), (number, calls)
             # What is left now is unpublished, and a later job's.
             for path in directory.glob(".*"):
                 path.unlink()
-            assert len(names(directory)) == live.held, so_far
+            assert len(names(directory)) == live.held, (number, calls)
 
     return each_call
 
