@@ -31,9 +31,15 @@ def take_part(directory, number):
 @contextlib.contextmanager
 def racers(directory, count):
     """So many processes: what has them contend once, and returns how many have won."""
+
+    def hook(name, call):
+        # On few processors hardly anything happens at once of itself.
+        os.sched_yield()
+        return call()
+
     context = multiprocessing.get_context("fork")
     inherit = functools.partial(setattr, take_part, "barrier")
-    with context.Pool(count, inherit, [context.Barrier(count)]) as pool:
+    with intercepted(hook), context.Pool(count, inherit, [context.Barrier(count)]) as pool:
 
         def race():
             arguments = [(directory, number) for number in range(count)]
@@ -60,14 +66,9 @@ def test_exactly_one_wins(directory, rounds, count, stale, usual):
 
 
 def test_never_two_without_the_guard(directory, monkeypatch, rounds):
-    def hook(name, call):
-        # On few processors hardly anything happens at once of itself.
-        os.sched_yield()
-        return call()
-
     monkeypatch.setattr(lock, "GUARD_TIMEOUT", -1)
     winners = set()
-    with intercepted(hook), racers(directory, 8) as race:
+    with racers(directory, 8) as race:
         for number in rounds(200):
             stale = leave_lock(directory)
             winners.add(race())
