@@ -1,10 +1,4 @@
-"""Stand between the lock and the system: to count its calls, stop at them, or have them fail. ::
-
-    with intercepted(at_call(3, lambda name, call: os._exit(1))):
-        lock.acquire()
-
-dies at the fourth system call.
-"""
+"""Stand between the lock and the system: to note its calls, stop at them, or have them fail."""
 
 import contextlib
 import fcntl
@@ -12,6 +6,7 @@ import functools
 import itertools
 import os
 import time
+from unittest import mock
 
 from avocado_vt_joblock import lock, lockfile, processes
 
@@ -41,16 +36,12 @@ def intercepted(hook):
 
     :param hook: called with the name of the system call, and with what does and returns it
     """
-    rooms, modules = (lock, lockfile, processes), (os, fcntl, time)
-    for room, module in itertools.product(rooms, modules):
-        if hasattr(room, module.__name__):
-            setattr(room, module.__name__, _Module(module, hook))
-    try:
+    with contextlib.ExitStack() as stack:
+        for room, real in itertools.product((lock, lockfile, processes), (os, fcntl, time)):
+            if hasattr(room, real.__name__):
+                module = _Module(real, hook)
+                stack.enter_context(mock.patch.object(room, real.__name__, module))
         yield
-    finally:
-        for room, module in itertools.product(rooms, modules):
-            if hasattr(room, module.__name__):
-                setattr(room, module.__name__, module)
 
 
 def only(pids, call):
@@ -58,31 +49,4 @@ def only(pids, call):
     found = call()
     if call.args == ("/proc",):
         return [name for name in found if name in {"self", *map(str, pids)}]
-    return found
-
-
-def count(what):
-    """The names of the system calls that something makes."""
-    calls = []
-    with intercepted(lambda name, call: (calls.append(name), only([os.getpid()], call))[1]):
-        what()
-    return calls
-
-
-def at_call(number, instead):
-    """Make a hook that has one system call, from 0 on, done in another way."""
-    numbers = itertools.count()
-
-    def hook(name, call):
-        return instead(name, call) if next(numbers) == number else only([os.getpid()], call)
-
-    return hook
-
-
-def descriptors():
-    """The open descriptors of this process, with what they refer to."""
-    found = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
     return found

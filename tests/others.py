@@ -1,23 +1,20 @@
 """Lock files and processes of others.
 
-As a script, ``others.py DIRECTORY [COMMAND...]``, it is such a process: it tries to take the lock,
-prints what came of it, starts the command in a session of its own, as avocado-vt's tests start
-guests, and holds the lock until its standard input ends.
+As a script, ``others.py DIRECTORY``, it tries to take the lock, tells what came of it, and holds
+the lock until its standard input ends.
 """
 
 import contextlib
-import enum
 import functools
-import json
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
-from avocado_vt_joblock.lock import JobLock, LockInTheWayError
-from avocado_vt_joblock.processes import VARIABLE
+from avocado_vt_joblock import lock, lockfile, processes
 
 CONTENT = {"this package": b"%d\n\n", "avocado-vt": b"%d"}
 AN_HOUR = 3600
@@ -25,7 +22,6 @@ _RUN = os.getpid()
 
 
 def names(directory):
-    """The names of the files in a directory."""
     return sorted(os.listdir(directory))
 
 
@@ -35,57 +31,44 @@ def job_id(number):
 
 
 def lock_path(directory, number):
-    """Where a job's lock file lies."""
-    return directory / f"avocado-vt-joblock-{job_id(number)}-{os.getuid()}-{number:08x}.pid"
+    return directory / f"{lockfile.PREFIX}{job_id(number)}-{os.getuid()}-{number:08x}.pid"
 
 
 @functools.cache
 def dead_pid():
     """The PID of a process that is gone."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+    with subprocess.Popen("true") as process:
         return process.pid
 
 
-def leave_stale_lock(directory, number=0xDEAD, maker="this package", pid=None, age=AN_HOUR):
+def leave_lock(directory, number=0xDEAD, content="this package", pid=None, age=AN_HOUR):
     """Leave a lock file as it is after its maker was killed; a dead one's unless told."""
     path = lock_path(directory, number)
-    path.write_bytes(CONTENT[maker] % (pid or dead_pid()))
+    content = CONTENT.get(content, content)
+    path.write_bytes(content % (pid or dead_pid()) if b"%" in content else content)
     # By its date it is stale even where a process of today has been given the PID.
     os.utime(path, (time.time() - age,) * 2)
     return path
 
 
-def contend(lock):
-    """Try to take a lock; its state is ``WON``, ``ERROR``, or that of the one in the way."""
+def contend(contender):
+    """Try to take a lock; the state is ``WON``, ``ERROR``, or that of the one in the way."""
     try:
-        told = {"state": "WON", "stale": lock.acquire(), "path": lock.path}
-    except LockInTheWayError as error:
-        told = error.file
+        return SimpleNamespace(state="WON", stale=contender.acquire(), path=contender.path)
+    except lock.LockInTheWayError as error:
+        file = error.file
+        told = {"state": file.state.name, "reason": file.reason and file.reason.name}
+        told["pids"] = {process.pid for process in file.processes}
+        return SimpleNamespace(**{**vars(file), **told})
     except OSError as error:
-        told = {"state": "ERROR", "errno": error.errno, "filename": error.filename}
-    return _parse(json.dumps(told, default=_plain))
-
-
-def _plain(value):
-    if isinstance(value, enum.Enum):
-        return value.name
-    return sorted(value) if isinstance(value, set) else vars(value)
-
-
-def _parse(text):
-    return json.loads(text, object_hook=lambda pairs: SimpleNamespace(**pairs))
-
-
-def pids(told):
-    """The PIDs of the processes that keep a lock live."""
-    return {process.pid for process in told.processes}
+        return SimpleNamespace(state="ERROR", errno=error.errno, filename=error.filename)
 
 
 def attempt(directory):
     """Try to take the lock, give it up at once, and return what came of it."""
-    lock = JobLock(str(directory), job_id(os.getpid()))
-    told = contend(lock)
-    lock.release()
+    contender = lock.JobLock(str(directory), job_id(os.getpid()))
+    told = contend(contender)
+    contender.release()
     return told
 
 
@@ -96,41 +79,25 @@ def attempt_as(uid, directory):
 
 
 @contextlib.contextmanager
-def process(directory, *prefix, starts=(), **options):
-    """A process that tries to take the lock and holds it until the end, or until it is killed.
+def process(directory, *prefix, **options):
+    """A process, maybe by a command, that tries to take the lock and holds it until the end.
 
-    :param prefix: a command to run it by
-    :param starts: a command that it starts
-    :return: its ``Popen``, which has what came of it as ``told``, and that one's PID as ``guest``
+    Its ``told`` is what came of it.
     """
-    command = [*prefix, sys.executable, __file__, directory, *starts]
+    command = [*prefix, sys.executable, __file__, directory]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **options}
     # It is not of a job that holds a lock here.
-    options = {"env": {**os.environ, VARIABLE: ""}, "text": True, **options}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, **options) as popen:
-        popen.told, popen.guest = _parse(popen.stdout.readline())
+    options = {"env": {**os.environ, processes.VARIABLE: ""}, **options}
+    with subprocess.Popen(command, **options) as popen:
+        popen.told = pickle.load(popen.stdout)
         yield popen
         popen.stdin.close()
         popen.stdout.read()
 
 
-def kill(popen):
-    """Kill a process, and wait until it and, of a prefix, its child are gone."""
-    popen.kill()
-    popen.stdout.read()
-    popen.wait()
-
-
-def main(directory, *command):
-    lock = JobLock(directory, job_id(os.getpid()))
-    told, guest = contend(lock), None
-    if command:
-        null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        guest = subprocess.Popen(command, **null, start_new_session=True).pid
-    print(json.dumps([told, guest], default=_plain), flush=True)
-    sys.stdin.read()
-    lock.release()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    contender = lock.JobLock(sys.argv[1], job_id(os.getpid()))
+    pickle.dump(contend(contender), sys.stdout.buffer)
+    sys.stdout.flush()
+    sys.stdin.read()
+    contender.release()

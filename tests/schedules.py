@@ -1,10 +1,7 @@
-"""Step contenders through their system calls. ::
+"""Step contenders through their system calls, as a schedule says.
 
-    steps = run_schedule([first.acquire, second.acquire], schedule=[1, 0, 0])
-
-has two of them make one system call after the other, as the schedule says: who of those that can go
-on, from 0 on, which is the one that made the step before if it can. A step is how many could go on,
-who did, and whether the one before could have.
+It names for each step who of those that can go on makes a call: 0 is the one that made the call
+before if it can. A step is how many could go on, who did, and whether the one before could have.
 """
 
 import itertools
@@ -16,8 +13,6 @@ from unittest import mock
 import greenlet
 from faults import intercepted, only
 
-#: How often actors that all wait may look again in vain.
-PATIENCE = 20
 # What nobody else can tell whether it has been done.
 PRIVATE = {"write", "fchmod", "fstat", "read", "readlink", "sleep"}
 
@@ -36,7 +31,7 @@ def _in_this_thread(target, daemon):
 def run_schedule(whats, schedule, pids=()):
     """Have actors do something by a schedule, and then whoever can go on; return all steps.
 
-    :param pids: the processes that they see, for those that come and go are in no schedule
+    Of the processes, of which others come and go, they see those with these PIDs.
     """
     actors = [Actor(what) for what in whats]
     director = greenlet.getcurrent()
@@ -46,8 +41,7 @@ def run_schedule(whats, schedule, pids=()):
         if name == "sleep" and call.args[0]:
             # It waits: in vain before somebody else has changed something.
             actor.waits = True
-            director.switch()
-            return None
+            return director.switch()
         if name not in PRIVATE:
             director.switch()
         if name in ("close", "unlink", "kill"):
@@ -60,25 +54,24 @@ def run_schedule(whats, schedule, pids=()):
         for taken in itertools.chain(schedule, itertools.repeat(0)):
             living = [actor for actor in actors if not actor.dead]
             if not living:
-                return steps
+                break
             ready = [actor for actor in living if not actor.waits]
             if not ready:
                 # Time passes, and whoever waits looks again.
                 ready = living
                 looks_in_vain += 1
-                assert looks_in_vain < PATIENCE, "they wait for each other"
+                assert looks_in_vain < 20, "they wait for each other"
             steps.append((len(ready), taken, current in ready))
             current = sorted(ready, key=lambda actor: actor is not current)[taken]
             current.waits = False
             current.switch()
-    return None
+    return steps
 
 
 def following(steps, preemptions):
-    """Make the schedule that comes next, depth first; None after the last one.
+    """The schedule after the one of these steps, depth first; None after the last one.
 
-    :param steps: the steps of the run before
-    :param preemptions: how often in a schedule one that could go on may have to wait
+    In each one that could go on has to wait so often at most.
     """
     for position in reversed(range(len(steps))):
         before, (ready, taken, could_go_on) = steps[:position], steps[position]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from others import job_id
 
-from avocado_vt_joblock.lock import JobLock
+from avocado_vt_joblock import lock
 
 #: What a process that is started does as a rule.
 WAIT = "import sys; print(flush=True); sys.stdin.read()"
@@ -17,7 +17,6 @@ WAIT = "import sys; print(flush=True); sys.stdin.read()"
 
 @pytest.fixture(autouse=True)
 def no_hang(request):
-    """Fail what hangs."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(300 * request.config.getoption("--stress"))
     yield
@@ -27,7 +26,9 @@ def no_hang(request):
 @pytest.fixture
 def directory():
     """A lock directory that is as /tmp: everybody may write, and remove what is their own."""
-    with tempfile.TemporaryDirectory(prefix="vt-joblock-test-") as parent:
+    # In memory, if that can be had: hundreds of thousands of files are made.
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(prefix="vt-joblock-test-", dir=memory) as parent:
         Path(parent).chmod(0o755)
         path = Path(parent) / "locks"
         path.mkdir()
@@ -41,20 +42,20 @@ def new_lock(directory):
     made = []
 
     def make(job=None, where=directory):
-        made.append(JobLock(str(where), job or job_id(len(made) + 1)))
+        made.append(lock.JobLock(str(where), job or job_id(len(made) + 1)))
         return made[-1]
 
     yield make
-    for lock in made:
-        lock.release()
+    for each in made:
+        each.release()
 
 
 @pytest.fixture
 def held(new_lock):
     """A lock that is held."""
-    lock = new_lock()
-    lock.acquire()
-    return lock
+    made = new_lock()
+    made.acquire()
+    return made
 
 
 @pytest.fixture

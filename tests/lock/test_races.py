@@ -1,99 +1,77 @@
 """Processes freed at once: never two holders, and with the guard never none."""
 
+import contextlib
 import fcntl
+import functools
 import multiprocessing
 import os
 
 import pytest
 from faults import intercepted
-from others import contend, job_id, leave_stale_lock, names
+from others import CONTENT, contend, job_id, leave_lock, names
 
 from avocado_vt_joblock import lock
-from avocado_vt_joblock.lock import JobLock
 
 HANG = 60
 
 
-def take_part(pipe, gate, directory, number):
-    """Take part in a round whenever told to, and tell how it ended."""
-    while pipe.recv():
-        contender = JobLock(str(directory), job_id(number))
-        pipe.send("at the gate")
-        with gate.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+def take_part(directory, number):
+    """Contend for the lock at the same moment as others, and release it when all have tried."""
+    contender = lock.JobLock(str(directory), job_id(100 + number))
+    take_part.barrier.wait(HANG)
+    told = contend(contender)
+    # As a waiting job does.
+    while told.state == "NOT_NOW":
         told = contend(contender)
-        pipe.send((told.state, getattr(told, "pid", None)))
-        if told.state == "WON":
-            pipe.recv()
-            pipe.send(contender.release())
+    take_part.barrier.wait(HANG)
+    assert contender.release() is None
+    return told.state, getattr(told, "pid", None), os.getpid()
 
 
-@pytest.fixture
-def race(directory, tmp_path):
-    """Free processes at once, which contend for the lock, and return how many have won."""
-    gate = tmp_path / "gate"
-    gate.touch()
-    started = []
+@contextlib.contextmanager
+def racers(directory, count):
+    """So many processes: what has them contend once, and returns how many have won."""
 
-    def hear(pipe):
-        assert pipe.poll(HANG), "no answer"
-        return pipe.recv()
+    def hook(name, call):
+        # On few processors hardly anything happens at once of itself.
+        os.sched_yield()
+        return call()
 
-    def race(count):
-        while len(started) < count:
-            context = multiprocessing.get_context("fork")
-            ours, theirs = context.Pipe()
-            arguments = (theirs, gate, directory, 100 + len(started))
-            process = context.Process(target=take_part, args=arguments)
-            process.start()
-            theirs.close()
-            started.append((process, ours))
-        pipes = [pipe for _, pipe in started]
-        with gate.open() as closed:
-            fcntl.flock(closed, fcntl.LOCK_EX)
-            for pipe in pipes:
-                pipe.send(True)
-            assert {hear(pipe) for pipe in pipes} == {"at the gate"}
-        answers = [hear(pipe) for pipe in pipes]
-        winners = [pipe for pipe, answer in zip(pipes, answers) if answer[0] == "WON"]
-        # The others know who it was, or met somebody who gave up as well.
-        others = [answer for answer in answers if answer[0] != "WON"]
-        assert set(others) <= {("LIVE", process.pid) for process, _ in started}
-        for pipe in winners:
-            pipe.send(None)
-            assert hear(pipe) is None
-        return len(winners)
+    context = multiprocessing.get_context("fork")
+    inherit = functools.partial(setattr, take_part, "barrier")
+    with intercepted(hook), context.Pool(count, inherit, [context.Barrier(count)]) as pool:
 
-    yield race
-    for process, pipe in started:
-        process.kill()
-        process.join()
-        pipe.close()
+        def race():
+            arguments = [(directory, number) for number in range(count)]
+            answers = pool.starmap_async(take_part, arguments, chunksize=1).get(2 * HANG)
+            racing = {("LIVE", own) for _, _, own in answers}
+            # The others know who it was, or met somebody who gave up as well.
+            losers = [(state, pid) for state, pid, _ in answers if state != "WON"]
+            assert set(losers) <= racing
+            return count - len(losers)
+
+        yield race
 
 
-@pytest.mark.parametrize(("count", "usual"), [(2, 1000), (16, 300), (64, 30)])
-def test_exactly_one_wins(directory, race, rounds, count, usual):
-    for number in rounds(usual):
-        assert race(count) == 1, f"round {number}"
-        assert names(directory) == []
+@pytest.mark.parametrize(
+    ("count", "stale", "usual"), [(2, 0, 1000), (16, 0, 300), (64, 0, 30), (8, 3, 300)]
+)
+def test_exactly_one_wins(directory, rounds, count, stale, usual):
+    with racers(directory, count) as race:
+        for number in rounds(usual):
+            for other in range(stale):
+                leave_lock(directory, other, [*CONTENT][other % 2])
+            assert race() == 1, f"round {number}"
+            assert names(directory) == []
 
 
-def test_exactly_one_wins_over_stale_locks(directory, race, rounds):
-    for number in rounds(300):
-        for stale in range(3):
-            leave_stale_lock(directory, stale, ["this package", "avocado-vt"][stale % 2])
-        assert race(8) == 1, f"round {number}"
-        assert names(directory) == []
-
-
-def test_never_two_without_the_guard(directory, race, monkeypatch, rounds):
+def test_never_two_without_the_guard(directory, monkeypatch, rounds):
     monkeypatch.setattr(lock, "GUARD_TIMEOUT", -1)
     winners = set()
-    # On few processors hardly anything happens at once of itself.
-    with intercepted(lambda name, call: (os.sched_yield(), call())[1]):
+    with racers(directory, 8) as race:
         for number in rounds(200):
-            stale = leave_stale_lock(directory)
-            winners.add(race(8))
+            stale = leave_lock(directory)
+            winners.add(race())
             assert max(winners) <= 1, f"round {number}"
             assert set(names(directory)) <= {stale.name}
     # Else there was no race.
