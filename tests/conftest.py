@@ -10,6 +10,8 @@ import pytest
 from environments import copy_sources, install, new_environment, run
 from sandbox import Sandbox, finish, start
 
+from avocado_vt_joblock.lock import JobLock
+
 
 def pytest_addoption(parser):
     parser.addoption("--stress", type=int, default=1, help="do so many times the rounds")
@@ -98,3 +100,12 @@ def holder(sandbox):
     test.end()
     code, text = finish(job)
     assert code == 0, text
+
+
+@pytest.fixture
+def held_lock(sandbox):
+    """A lock that this process holds, as a job does."""
+    lock = JobLock(str(sandbox.lock_dir), f"{1:040x}")
+    lock.acquire()
+    yield lock
+    lock.release()

@@ -14,23 +14,27 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+Popen = subprocess.Popen[str]
 HERE = Path(__file__).resolve().parent
 AVOCADO = int(metadata.version("avocado-framework").split(".")[0])
 AVOCADO_READS_RECIPES = AVOCADO >= 105
 #: How the message of a job that was stopped begins.
 FAILURE = "Failure trying to set Avocado-VT job lock: "
+#: A plugin of Avocado that does nothing but to be loaded at every start.
+NOTHING = """
+from avocado.core.plugin_interfaces import Init
+class Nothing(Init):
+    name = description = "nothing"
+    def initialize(self): pass
+"""
 #: How long anything may take before it counts as a hang, in seconds.
 HANG = 120
 
 
 class Sandbox:
-    """A user's home with a VT test provider, a lock directory, and the commands that use them.
-
-    :param root: an empty directory
-    """
+    """A user's home with a VT test provider, a lock directory, and the commands that use them."""
 
     python = sys.executable
-    reads_recipes = AVOCADO_READS_RECIPES
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -38,17 +42,15 @@ class Sandbox:
         self.lock_dir = root / "locks"
         self.plugins = root / "plugins"
         self.config = self.home / ".config/avocado/avocado.conf"
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Popen] = []
         self.prefix: list[str] = []
-        vt_data = self.home / "avocado/data/avocado-vt"
-        providers = vt_data / "virttest/test-providers.d"
+        self.bin = root / "bin"
+        providers = self.home / "avocado/data/avocado-vt/virttest/test-providers.d"
         downloads = providers / "downloads"
-        for directory in (self.lock_dir, self.config.parent, providers, downloads):
+        for directory in (self.lock_dir, self.config.parent, self.bin, downloads):
             directory.mkdir(parents=True)
         (downloads / "keep").touch()
         # avocado-vt starts these before each test, though here are no guests for them.
-        self.bin = root / "bin"
-        self.bin.mkdir()
         for program in ("qemu-kvm", "tcpdump"):
             (self.bin / program).symlink_to(shutil.which("true") or "/bin/true")
         shutil.copytree(HERE / "vt_provider", root / "provider")
@@ -61,6 +63,10 @@ class Sandbox:
         """Replace the user's avocado.conf."""
         self.config.write_text(text)
 
+    def add_to_config(self, text: str) -> None:
+        """Add to the user's avocado.conf, at whose end are the options of the lock."""
+        self.configure(f"{self.config.read_text()}{text}\n")
+
     def belong_to(self, uid: int) -> None:
         """Make this the sandbox of another user; only root can."""
         for path in [self.root, *self.root.rglob("*")]:
@@ -71,39 +77,25 @@ class Sandbox:
     def environment(self) -> dict[str, str]:
         """The environment variables for a process in this sandbox."""
         path = f"{self.bin}:{Path(self.python).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        return {
-            "HOME": str(self.home),
-            "PATH": path,
-            "LC_ALL": "C.UTF-8",
-            "TMPDIR": str(self.root),
-            "PYTHONFAULTHANDLER": "1",
-            "PYTHONPATH": str(self.plugins),
-        }
+        places = {"HOME": self.home, "TMPDIR": self.root, "PYTHONPATH": self.plugins, "PATH": path}
+        variables = {name: str(place) for name, place in places.items()}
+        return {**variables, "LC_ALL": "C.UTF-8", "PYTHONFAULTHANDLER": "1"}
 
     def locks(self) -> list[Path]:
         """The lock files that are there."""
         return sorted(self.lock_dir.glob("avocado-vt-joblock-*.pid"))
 
-    def popen(self, *command: str | Path, **options: object) -> subprocess.Popen[str]:
+    def popen(self, *command: str | Path, **options: object) -> Popen:
         """Start a command in the sandbox; :meth:`close` ends it with all that it started."""
-        defaults = {
-            "env": self.environment,
-            "cwd": self.root,
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.STDOUT,
-        }
-        process = subprocess.Popen(
-            [*self.prefix, *map(str, command)],
-            text=True,
-            start_new_session=True,
-            preexec_fn=_heed_signals,
-            **{**defaults, **options},  # type: ignore[call-overload]
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        usual = {"env": self.environment, "cwd": self.root, "stderr": subprocess.STDOUT, **streams}
+        more = {"text": True, "start_new_session": True, "preexec_fn": _heed_signals}
+        words = [*self.prefix, *map(str, command)]
+        process = subprocess.Popen(words, **{**usual, **more, **options})
         self.processes.append(process)
         return process
 
-    def avocado(self, *arguments: str | Path, **options: object) -> subprocess.Popen[str]:
+    def avocado(self, *arguments: str | Path, **options: object) -> Popen:
         """Start Avocado."""
         return self.popen(self.python, "-m", "avocado", *arguments, **options)
 
@@ -118,25 +110,21 @@ class Sandbox:
         return VTTest(self, name, **parameters)
 
     def plugin(self, name: str, source: str, **entry_points: str) -> None:
-        """Install a plugin of Avocado in this sandbox.
-
-        :param name: of its module
-        :param source: of its module
-        :param entry_points: the names of its classes by the kind of plugin, with a _ for a dot
-        """
+        """Install a module with plugins of Avocado: classes by their kinds, with __ for a dot."""
         info = self.plugins / f"{name}-1.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
         (self.plugins / f"{name}.py").write_text(source)
-        groups = [
-            f"[avocado.plugins.{kind.replace('__', '.')}]\n{name} = {name}:{where}\n"
-            for kind, where in entry_points.items()
-        ]
-        (info / "entry_points.txt").write_text("\n".join(groups))
+        with (info / "entry_points.txt").open("w") as file:
+            for kind, where in entry_points.items():
+                group = kind.replace("__", ".")
+                file.write(f"[avocado.plugins.{group}]\n{name} = {name}:{where}\n")
 
-    def run(
-        self, *tests: VTTest | Path, options: Sequence[str] = (), **popen: object
-    ) -> subprocess.Popen[str]:
+    def first(self, source: str) -> None:
+        """Have every Avocado here run this before anything else, to change what it does then."""
+        self.plugin("first", source + NOTHING, init="Nothing")
+
+    def run(self, *tests: VTTest | Path, options: Sequence[str] = (), **popen: object) -> Popen:
         """Start ``avocado run``, or what comes nearest where that does not read recipes."""
         if AVOCADO_READS_RECIPES:
             words = ["run", "--disable-sysinfo", *options, "--", *recipes(tests)]
@@ -145,36 +133,16 @@ class Sandbox:
         return self.job_api({}, *tests, **popen)
 
     def job_api(
-        self,
-        config: dict[str, object],
-        *tests: VTTest | Path,
-        suites: dict[str, object] | None = None,
-        **popen: object,
-    ) -> subprocess.Popen[str]:
-        """Start a job by the Job API with a suite for each test."""
-        words = [json.dumps({"job": config, "suites": suites or {}}), *recipes(tests)]
+        self, config: dict[str, object], *tests: VTTest | Path, disabled: int = 0, **popen: object
+    ) -> Popen:
+        """Start a job by the Job API, with a suite for each test; the last ones may be disabled."""
+        words = [json.dumps(config), str(len(tests) - disabled), *map(str, recipes(tests))]
         return self.popen(self.python, HERE / "job_api.py", *words, **popen)
 
-    def changed(self, change: str, *tests: VTTest | Path, **popen: object) -> subprocess.Popen[str]:
-        """Start a job in a Python in which something has been changed before.
-
-        :param change: the source; ``job_api`` can be imported there
-        """
-        head = f"import sys, avocado\nsys.path.append({str(HERE)!r})\nimport job_api\n"
-        script = f"{head}{change}\nsys.exit(job_api.main('{{}}', *sys.argv[1:]))\n"
-        return self.popen(self.python, "-c", script, *recipes(tests), **popen)
-
     def living(self) -> dict[int, bytes]:
-        """The processes that were started here, at whatever remove, and have not ended.
-
-        :return: their command lines by their PIDs
-        """
+        """The command lines, by PID, of what runs of all that was started here."""
         ours = f"TMPDIR={self.root}".encode()
-        return {
-            pid: command
-            for pid, command in _commands().items()
-            if ours in _read(f"/proc/{pid}/environ").split(b"\0")
-        }
+        return _processes(lambda entry: ours in (entry / "environ").read_bytes().split(b"\0"))
 
     def close(self) -> None:
         """End what is still running."""
@@ -190,40 +158,20 @@ class Sandbox:
 
 
 class VTTest:
-    """A VT test that runs until told to end.
-
-    :param sandbox: where it runs
-    :param name: its name
-    :param parameters: as ``vt_provider/qemu/tests/hold.py`` describes them
-    """
+    """A VT test that runs until told to end; ``hold.py`` describes its parameters."""
 
     def __init__(self, sandbox: Sandbox, name: str, **parameters: str) -> None:
         self.sandbox = sandbox
         self.guest_pid = sandbox.root / f"{name}.guest"
         self.record = sandbox.root / f"{name}.record"
+        self.printed = sandbox.root / f"{name}.record.printed"  # by the command that it runs
         self.until = sandbox.root / f"{name}.until"
         self.recipe = sandbox.root / f"{name}.json"
-        usual = {
-            "name": name,
-            "shortname": name,
-            "vm_type": "qemu",
-            "type": "hold",
-            "provider": "sandbox",
-            "vms": "",
-            "start_vm": "no",
-            "not_preprocess": "yes",
-            "main_vm": "vm1",
-            "nettype": "user",
-            "record": str(self.record),
-            "until": str(self.until),
-            "outcome": "pass",
-            "guest": str(self.guest_pid),
-            "starts": "",
-            "runs": "",
-        }
-        self.recipe.write_text(
-            json.dumps({"kind": "avocado-vt", "uri": name, "kwargs": {**usual, **parameters}})
-        )
+        recipe = json.loads((HERE / "vt_provider/recipe.json").read_text())
+        files = {"record": self.record, "until": self.until, "guest": self.guest_pid}
+        recipe["kwargs"].update({key: str(file) for key, file in files.items()})
+        recipe["kwargs"].update(name=name, shortname=name, **parameters)
+        self.recipe.write_text(json.dumps({**recipe, "uri": name}))
 
     def end(self) -> None:
         """Let the test end, now or as soon as it runs."""
@@ -253,12 +201,11 @@ class VTTest:
 
 def exec_recipe(sandbox: Sandbox, until: Path) -> Path:
     """Make a test of another kind that ends when a file appears."""
-    recipe = sandbox.root / "other.json"
+    path = sandbox.root / "other.json"
     script = f"touch {sandbox.root}/other.begun; until test -e {until}; do sleep 0.02; done"
-    recipe.write_text(
-        json.dumps({"kind": "exec-test", "uri": "/bin/sh", "args": ["-c", script], "kwargs": {}})
-    )
-    return recipe
+    recipe = {"kind": "exec-test", "uri": "/bin/sh", "args": ["-c", script], "kwargs": {}}
+    path.write_text(json.dumps(recipe))
+    return path
 
 
 def recipes(tests: Sequence[VTTest | Path]) -> list[Path]:
@@ -283,7 +230,7 @@ def can_act_as_others() -> bool:
     return subprocess.run([*run_as(1), "true"], check=False, capture_output=True).returncode == 0
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: Popen) -> tuple[int, str]:
     """Wait for a process to end, and return its exit code and what it printed."""
     try:
         text, _ = process.communicate(timeout=HANG)
@@ -295,7 +242,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, text
 
 
-def wait_for(what: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+def wait_for(what: Callable[[], object], process: Popen | None = None) -> None:
     """Wait until something is so; fail when the process that is to bring it about ends before."""
     deadline = time.monotonic() + HANG
     while not what():
@@ -308,16 +255,13 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str] | None =
         time.sleep(0.02)
 
 
-def running_tests(job: subprocess.Popen[str]) -> dict[int, bytes]:
+def running_tests(job: Popen) -> dict[int, bytes]:
     """The processes of a job that run a test, which are in its session."""
-    return {
-        pid: command
-        for pid, command in _commands().items()
-        if b"\0task-run\0" in command and _session(pid) == job.pid
-    }
+    found = _processes(lambda entry: os.getsid(int(entry.name)) == job.pid)
+    return {pid: command for pid, command in found.items() if b"\0task-run\0" in command}
 
 
-def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> Popen:
     """Start a job that runs until its test is told to end; wait until that has begun.
 
     A signal that interrupts Avocado while it logs may have it wait for itself for ever.
@@ -325,6 +269,17 @@ def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> subpro
     job = sandbox.run(test, options=options)
     wait_for(lambda: test.has_begun and test.is_silent, job)
     return job
+
+
+def start_waiting(sandbox: Sandbox, name: str) -> tuple[Popen, VTTest, Path]:
+    """Start a job that finds another one at work; return it, its test and what it prints."""
+    test = sandbox.vt_test(name)
+    test.end()
+    printed = sandbox.root / f"{name}.printed"
+    with printed.open("w") as file:
+        job = sandbox.run(test, stdout=file)
+    wait_for(lambda: "Waiting" in printed.read_text(), job)
+    return job, test, printed
 
 
 def assert_runs(sandbox: Sandbox, name: str) -> str:
@@ -338,7 +293,7 @@ def assert_runs(sandbox: Sandbox, name: str) -> str:
     return text
 
 
-def assert_refused(job: subprocess.Popen[str], test: VTTest) -> str:
+def assert_refused(job: Popen, test: VTTest) -> str:
     """Assert that a job ends with the exit code of a failed job before its test runs."""
     code, text = finish(job)
     assert code == 2, text
@@ -354,20 +309,12 @@ def _heed_signals() -> None:
         signal.signal(signum, signal.SIG_DFL)
 
 
-def _commands() -> dict[int, bytes]:
-    """The command lines of all processes; one that nobody has waited for yet has none any more."""
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    commands = {pid: _read(f"/proc/{pid}/cmdline") for pid in pids}
-    return {pid: command for pid, command in commands.items() if command}
-
-
-def _session(pid: int) -> int | None:
-    with contextlib.suppress(ProcessLookupError):
-        return os.getsid(pid)
-    return None
-
-
-def _read(path: str) -> bytes:
-    with contextlib.suppress(OSError):
-        return Path(path).read_bytes()
-    return b""
+def _processes(is_wanted: Callable[[Path], bool]) -> dict[int, bytes]:
+    """The command lines of processes; one that nobody has waited for yet has none any more."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes()
+            if command and is_wanted(entry):
+                found[int(entry.name)] = command
+    return found

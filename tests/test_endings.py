@@ -3,155 +3,155 @@
 A guest is a process that a test leaves in a session of its own, as avocado-vt leaves one.
 """
 
-import contextlib
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from endings import ENDINGS, JOB_TIMEOUT, nothing
 from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
-from sandbox import assert_refused, assert_runs, finish, running_tests, start, wait_for
+from sandbox import assert_refused, assert_runs, finish, start, wait_for
+
+from avocado_vt_joblock.lock import JobLock, LockInTheWayError
 
 pytestmark = needs_avocado_vt
 STILL_RUN = r"(?m)^\d+ process\(es\) of the job still run\.$"
 SLEEP = "sleep 1000"
+KEEP = "[vt.setup]\nkeep_guest_running = True"
+NO_GRACE = "from avocado_vt_joblock import plugin\nplugin.END_TIMEOUT = 0.2\n"
+
+
+@pytest.fixture
+def impatient(sandbox):
+    """A sandbox in which no job waits long for what is left of it."""
+    sandbox.first(NO_GRACE)
+    return sandbox
 
 
 def killed(pid):
     os.kill(pid, signal.SIGKILL)
 
 
-def kills(text):
-    """The PIDs that a message says to kill."""
-    (pids,) = re.findall(r"^ +kill ([\d ]+)$", text, re.MULTILINE) or [""]
-    return set(map(int, pids.split()))
-
-
-def to_avocado(signum):
-    return lambda job: job.send_signal(signum)
-
-
-def to_all(signum, times=1):
-    def act(job):
-        for _ in range(times):
-            os.killpg(job.pid, signum)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                job.wait(0.5)
-
-    return act
-
-
-def kill_of(which):
-    """Kill the runner (0) or its child, which runs the test (1); end Avocado, which hangs then."""
-
-    def act(job):
-        killed(sorted(running_tests(job))[which])
-        job.terminate()
-
-    return act
+def left(sandbox):
+    """The processes that keep the lock of an ended job, as the next job sees them."""
+    lock = JobLock(str(sandbox.lock_dir), f"{1:040x}")
+    try:
+        lock.acquire()
+    except LockInTheWayError as error:
+        return {process.pid for process in error.file.processes}
+    finally:
+        lock.release()
+    return set()
 
 
 # Only ``avocado run`` turns SIGTERM into an exit; a caller of the Job API may do so.
-ENDINGS = {
-    "SIGINT": to_avocado(signal.SIGINT),
-    "SIGTERM": to_avocado(signal.SIGTERM),
-    "SIGHUP": to_avocado(signal.SIGHUP),
-    "SIGKILL": to_avocado(signal.SIGKILL),
-    "Ctrl-C": to_all(signal.SIGINT),
-    "Ctrl-C three times": to_all(signal.SIGINT, times=3),
-    "SIGTERM to all": to_all(signal.SIGTERM),
-    "SIGKILL to all": to_all(signal.SIGKILL),
-    "runner killed": kill_of(0),
-    "test killed": kill_of(1),
-    "timeout": lambda job: None,
-}
-NEEDS_RECIPES = {"SIGTERM", "SIGTERM to all", "runner killed", "test killed", "timeout"}
+NEEDS_RECIPES = re.compile("SIGTERM|timeout")
 
 
 @pytest.mark.parametrize(
     "ending",
-    [pytest.param(e, marks=needs_recipes) if e in NEEDS_RECIPES else e for e in ENDINGS],
+    [
+        pytest.param(this, marks=needs_recipes if NEEDS_RECIPES.search(this.name) else ())
+        for this in ENDINGS
+        # Real guests show the others, which take their time.
+        if not this.config or (this.act is nothing and this.config is JOB_TIMEOUT)
+    ],
+    ids=lambda ending: ending.name,
 )
-def test_nobody_else_runs_until_all_of_a_job_has_ended(sandbox, ending):
-    test = sandbox.vt_test("test", starts=SLEEP)
-    job = start(sandbox, test, options=["--job-timeout=10"] if ending == "timeout" else [])
-    (lock,) = sandbox.locks()
-    ENDINGS[ending](job)
+def test_nobody_else_runs_until_all_of_a_job_has_ended(impatient, ending):
+    test = impatient.vt_test("test", starts=SLEEP)
+    impatient.add_to_config(ending.config.format(8))
+    job = start(impatient, test)
+    (lock,) = impatient.locks()
+    ending.act(job)
     code, text = finish(job)
     assert code != 0, text
-    assert sandbox.locks() == [lock]
     if code > 0:
         assert re.search(STILL_RUN, text), text
         assert f"{test.guest}  {SLEEP}" in text
         assert f"The lock file stays: {lock}." in text
-    for stage in ("test and guest", "guest"):
-        other = sandbox.vt_test(stage.replace(" ", "-"))
-        living = set(sandbox.living())
-        text = assert_refused(sandbox.run(other), other)
-        assert "a job has ended, but processes of it still run." in text
-        for pid in living & set(sandbox.living()):
-            assert re.search(rf"^ +{pid}  \S", text, re.MULTILINE), text
-        # Nobody is told to end a guest beside a test that may be restoring its image.
-        assert kills(text) == (set() if "A test is among them." in text else {test.guest})
-        test.end()
-        wait_for(lambda: list(sandbox.living()) == [test.guest])
-    assert "env -u AVOCADO_VT_JOBLOCK" in text
+    living = set(impatient.living())
+    # Some may end at this moment.
+    assert living & set(impatient.living()) <= left(impatient) <= living
+    test.end()
+    wait_for(lambda: list(impatient.living()) == [test.guest])
+    assert left(impatient) == {test.guest}
+    assert impatient.locks() == [lock]
     killed(test.guest)
-    wait_for(lambda: not sandbox.living())
-    assert "still run" not in assert_runs(sandbox, "next")
+    wait_for(lambda: not impatient.living())
+    assert left(impatient) == set()
+    assert impatient.locks() == []
     # What the test did after its Avocado had ended was done in peace.
     assert [what for what, _ in test.notes()] in (["begin"], ["begin", "end"])
 
 
-@pytest.mark.parametrize("outcome", ["pass", "fail", "error", "cancel"])
-def test_guest_that_is_left(sandbox, outcome):
-    """On purpose if the test has passed; else avocado-vt says nothing of a failed clean-up."""
-    test = sandbox.vt_test("test", outcome=outcome, starts=SLEEP)
+def test_next_jobs_after_one_that_was_killed(sandbox):
+    test = sandbox.vt_test("test", starts=SLEEP)
+    job = start(sandbox, test)
+    (lock,) = sandbox.locks()
+    job.kill()
+    job.wait()
+    # Nobody is told to end a guest beside a test that may be restoring its image.
+    for stage, kill in (("test and guest", None), ("guest", test.guest)):
+        other = sandbox.vt_test(stage.replace(" ", "-"))
+        living = sandbox.living()
+        text = assert_refused(sandbox.run(other), other)
+        assert "a job has ended, but processes of it still run." in text
+        for pid in living:
+            assert re.search(rf"^ +{pid}  \S", text, re.MULTILINE), text
+        assert ("A test is among them." in text) == (kill is None)
+        assert re.findall(r"^ +kill (.*)$", text, re.MULTILINE) == ([str(kill)] if kill else [])
+        test.end()
+        wait_for(lambda: list(sandbox.living()) == [test.guest])
+    killed(test.guest)
+    wait_for(lambda: not sandbox.living())
+    text = assert_runs(sandbox, "next")
+    for alarm in ("stale", "still", "warning", "killed"):
+        assert alarm not in text.lower()
+    log = (sandbox.home / "avocado/job-results/latest/job.log").read_text()
+    assert f"Removed the stale lock file {lock}." in log
+
+
+@pytest.mark.parametrize(
+    ("outcome", "starts", "config", "counts"),
+    [
+        # On purpose if the test has passed; else avocado-vt says nothing of a failed clean-up.
+        ("pass", SLEEP, "", False),
+        ("fail", SLEEP, "", True),
+        ("error", SLEEP, "", True),
+        ("cancel", SLEEP, "", True),
+        ("fail", "", "", False),
+        # An agent, for example: it is started without the mark.
+        ("fail", f"env -u AVOCADO_VT_JOBLOCK {SLEEP}", "", False),
+        # The next job uses them, whatever the end of this one.
+        pytest.param("fail", SLEEP, KEEP, False, marks=needs_recipes),
+    ],
+)
+def test_guest_that_is_left(impatient, outcome, starts, config, counts):
+    impatient.add_to_config(config)
+    test = impatient.vt_test("test", outcome=outcome, starts=starts)
     test.end()
-    code, text = finish(sandbox.run(test))
+    code, text = finish(impatient.run(test))
     assert code == (outcome in ("fail", "error")), text
-    assert bool(re.search(STILL_RUN, text)) == (outcome != "pass")
-    assert len(sandbox.locks()) == (outcome != "pass")
-    if outcome != "pass":
-        other = sandbox.vt_test("other")
-        assert kills(assert_refused(sandbox.run(other), other)) == {test.guest}
-        killed(test.guest)
-        wait_for(lambda: not sandbox.living())
-    assert_runs(sandbox, "next")
-
-
-@pytest.mark.parametrize("outcome", ["fail", "error", "cancel"])
-def test_released_when_all_has_ended(sandbox, outcome):
-    test = sandbox.vt_test("test", outcome=outcome)
-    test.end()
-    text = finish(sandbox.run(test))[1]
     assert test.has_begun
-    assert "still run" not in text
-    assert list(sandbox.lock_dir.iterdir()) == []
+    assert bool(re.search(STILL_RUN, text)) == counts
+    assert len(impatient.locks()) == counts
+    assert list(impatient.living()) == ([test.guest] if starts else [])
+    assert left(impatient) == ({test.guest} if counts else set())
 
 
 @needs_recipes
-def test_guests_are_kept_on_purpose(sandbox):
-    """avocado-vt's keep_guest_running: the next job uses them, whatever the end of this one."""
-    with sandbox.config.open("a") as config:
-        config.write("[vt.setup]\nkeep_guest_running = True\n")
-    failed = sandbox.vt_test("failed", outcome="fail", starts=SLEEP)
-    failed.end()
-    assert "still run" not in finish(sandbox.run(failed))[1]
-    assert failed.guest in sandbox.living()
-    # But a test that still runs counts.
-    test = sandbox.vt_test("test", starts=SLEEP)
-    job = start(sandbox, test)
+def test_test_counts_even_where_guests_are_kept(impatient):
+    impatient.add_to_config(KEEP)
+    test = impatient.vt_test("test", starts=SLEEP)
+    job = start(impatient, test)
     job.send_signal(signal.SIGINT)
     code, text = finish(job)
     assert code == 8, text
     assert re.search(STILL_RUN, text)
     assert f"{test.guest}  {SLEEP}" not in text
-    assert len(sandbox.locks()) == 1
+    assert len(impatient.locks()) == 1
 
 
 @pytest.mark.parametrize("then", ["test ends", "Ctrl-C"])
@@ -172,14 +172,13 @@ def test_grace_at_the_end(sandbox, then):
     test.end()
     wait_for(lambda: not sandbox.living())
     assert [what for what, _ in test.notes()] == ["begin", "end"]
-    assert_runs(sandbox, "next")
 
 
-def test_lock_file_is_removed_while_the_job_runs(sandbox):
+def test_lock_file_is_removed_while_the_job_runs(impatient):
     """Both are said: that, and what is left; and not that the file stays."""
-    test = sandbox.vt_test("test", outcome="fail", starts=SLEEP)
-    job = start(sandbox, test)
-    (lock,) = sandbox.locks()
+    test = impatient.vt_test("test", outcome="fail", starts=SLEEP)
+    job = start(impatient, test)
+    (lock,) = impatient.locks()
     lock.unlink()
     test.end()
     code, text = finish(job)
@@ -189,54 +188,32 @@ def test_lock_file_is_removed_while_the_job_runs(sandbox):
     assert "stays" not in text
 
 
-def test_what_shall_not_count(sandbox):
-    """An agent, for example: it is started without the mark."""
-    test = sandbox.vt_test("test", outcome="error", starts=f"env -u AVOCADO_VT_JOBLOCK {SLEEP}")
+def test_ctrl_c_while_it_looks_for_the_rest(sandbox):
+    interrupt = "def interrupted(self, tests_only): raise KeyboardInterrupt\n"
+    sandbox.first(
+        f"{interrupt}from avocado_vt_joblock import lock\nlock.JobLock.left = interrupted\n"
+    )
+    test = sandbox.vt_test("test", outcome="error", starts=SLEEP)
     test.end()
-    text = finish(sandbox.run(test))[1]
-    assert "still run" not in text
-    assert test.guest in sandbox.living()
-    assert_runs(sandbox, "next")
+    code, text = finish(sandbox.run(test))
+    assert code == 1, text
+    assert "still runs: Ctrl-C ended the look." in text
+    assert left(sandbox) == {test.guest}
 
 
-def test_shell_that_a_killed_job_has_left(sandbox):
-    """In which somebody works: it is not told to end itself, nor does it wait for itself."""
-    with sandbox.config.open("a") as config:
-        config.write("timeout = -1\n")
-    other = sandbox.vt_test("other")
-    other.end()
-    script = f"until test -e {sandbox.root}/go; do sleep 0.1; done\n"
-    again = f"{sys.executable} -m avocado run --disable-sysinfo -- {other.recipe}"
-    if not sandbox.reads_recipes:
-        again = f"{sys.executable} {Path(__file__).parent}/job_api.py '{{}}' {other.recipe}"
-    (sandbox.root / "shell").write_text(f"{script}{again} > {sandbox.root}/printed 2>&1\n")
-    test = sandbox.vt_test("test", starts=f"sh {sandbox.root}/shell")
-    job = start(sandbox, test)
-    job.kill()
-    job.wait()
+@needs_recipes
+def test_standard_output_can_be_the_results(impatient):
+    """What there is to tell goes to standard error and into the job's log."""
+    impatient.lock_dir.chmod(0o777)
+    test = impatient.vt_test("test", outcome="error", starts=SLEEP)
     test.end()
-    (sandbox.root / "go").touch()
-    wait_for(lambda: not sandbox.living())
-    text = (sandbox.root / "printed").read_text()
-    assert f"This job was started by {test.guest}" in text
-    assert "exec env -u AVOCADO_VT_JOBLOCK bash" in text
-    assert kills(text) == set()
-    assert not other.has_begun
-
-
-def test_killed_job_of_which_nothing_is_left(sandbox):
-    test = sandbox.vt_test("test")
-    job = start(sandbox, test)
-    (lock,) = sandbox.locks()
-    job.kill()
-    job.wait()
-    test.end()
-    wait_for(lambda: not sandbox.living())
-    text = assert_runs(sandbox, "next")
-    for alarm in ("stale", "still", "warning", "killed"):
-        assert alarm not in text.lower()
-    log = (sandbox.home / "avocado/job-results/latest/job.log").read_text()
-    assert f"Removed the stale lock file {lock}." in log
+    errors = impatient.root / "errors"
+    with errors.open("w") as file:
+        _, text = finish(impatient.run(test, options=["--json=-"], stderr=file))
+    assert json.loads(text)["errors"] == 1
+    log = (impatient.home / "avocado/job-results/latest/job.log").read_text()
+    for told in (f"chmod +t {impatient.lock_dir}", "still run."):
+        assert errors.read_text().count(told) == log.count(told) == 1
 
 
 @needs_other_users
@@ -261,51 +238,3 @@ def test_other_user_is_told_what_is_not_to_be_seen(sandboxes):
     assert code == 0, text
     # A limit that the manual tells.
     assert "unless guests still run that only the owner and root can see." in text
-
-
-@needs_recipes
-def test_standard_output_can_be_the_results(sandbox):
-    test = sandbox.vt_test("test", outcome="error", starts=SLEEP)
-    test.end()
-    job = sandbox.run(test, options=["--json=-"], stderr=subprocess.DEVNULL)
-    assert json.loads(finish(job)[1])["errors"] == 1
-
-
-def test_command_lines_are_tamed(sandbox):
-    """They are anybody's words."""
-    odd = "\\033[31m\\n    kill 1\\r" + "x" * 500
-    script = f'for i in $(seq 25); do perl -e \'exec {{"sleep"}} "{odd}", 1000\' & done; wait'
-    (sandbox.root / "odd").write_text(script)
-    test = sandbox.vt_test("test", starts=f"sh {sandbox.root}/odd")
-    job = start(sandbox, test)
-    wait_for(lambda: sum(b"xxx" in command for command in sandbox.living().values()) == 25)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    other = sandbox.vt_test("other")
-    text = assert_refused(sandbox.run(other), other)
-    assert r"\x1b[31m\n    kill 1\rxxx" in text
-    assert not set("\x1b\r") & set(text)
-    assert "\n    kill 1\n" not in text
-    listed = [line for line in text.splitlines() if "xxx" in line]
-    assert max(map(len, listed)) < 200
-    assert len(listed) < 25
-    assert re.search(r"^    and \d+ more$", text, re.MULTILINE)
-
-
-INTERRUPTED = """
-from avocado_vt_joblock.lock import JobLock
-def interrupted(self, tests_only):
-    raise KeyboardInterrupt
-JobLock.left = interrupted
-"""
-
-
-def test_ctrl_c_while_it_looks_for_the_rest(sandbox):
-    test = sandbox.vt_test("test", outcome="error", starts=SLEEP)
-    test.end()
-    code, text = finish(sandbox.changed(INTERRUPTED, test))
-    assert code == 1, text
-    assert "still runs: Ctrl-C ended the look." in text
-    assert len(sandbox.locks()) == 1
-    other = sandbox.vt_test("other")
-    assert kills(assert_refused(sandbox.run(other), other)) == {test.guest}

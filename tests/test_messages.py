@@ -12,7 +12,7 @@ from avocado_vt_joblock.lock import KERNEL_LOCK, LockInTheWayError
 from avocado_vt_joblock.lockfile import LockFile, Reason, State
 from avocado_vt_joblock.processes import Process
 
-PATH = f"/locks/avocado-vt-joblock-{7:040x}-0-00000007.pid"
+PATH = f"/two words/avocado-vt-joblock-{7:040x}-0-00000007.pid"
 NOBODY = 54321
 
 
@@ -59,14 +59,8 @@ def in_the_way(state, waited=0.0, **facts):
     return refusal(error)
 
 
-def process(pid, test_of="", uid=NOBODY, command="qemu", **facts):
-    return Process(
-        **{"marks": {"x"}, "is_around": False, "is_blank": False, **facts},
-        pid=pid,
-        command=command,
-        uid=uid,
-        test_of=test_of,
-    )
+def process(pid, test_of="", uid=NOBODY, command="qemu", is_around=False, is_blank=False):
+    return Process(pid, command, uid, {"x"}, test_of, is_around, is_blank)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +82,7 @@ def test_advice_to_kill(processes, reason, kills):
     assert ("If these processes still run" in text) == bool(kills)
     assert "no solution" in text
     assert ("env -u AVOCADO_VT_JOBLOCK" in text) == bool(kills or state is State.OUTER)
+    assert ("\nThis job was started by 5, which" in text) == (state is State.OUTER)
 
 
 @pytest.mark.parametrize(("uid", "who"), [(NOBODY, f"{NOBODY} or root"), (0, "root")])
@@ -113,7 +108,7 @@ def test_pid_of_another_namespace():
     text = in_the_way(State.LIVE, pid=1, pid_is_here=False)
     assert "PID:    1\n" in text
     assert "another PID namespace or host" in text
-    assert f"fuser -v {PATH}" in text
+    assert f"fuser -v '{PATH}'" in text
 
 
 def test_what_to_do():
@@ -131,14 +126,15 @@ def test_what_to_do():
     assert "Start this job again" in later
     for text in (later, in_the_way(State.UNKNOWN, reason=Reason.NO_PID)):
         assert "plugins.vtjoblock.dir" not in text
-    assert f"rm {PATH}" not in later
+    assert "rm " not in later
 
 
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_has_words(reason):
     text = in_the_way(State.UNKNOWN, reason=reason, detail="DETAIL")
     assert re.search(rf"cannot tell whether a job still holds {PATH}: \S+", text)
-    assert f"\n    rm {PATH}" in text
+    remove = "rm -r" if reason is Reason.NO_REGULAR_FILE else "rm"
+    assert f"\n    {remove} '{PATH}'" in text
     assert "pgrep -af" in text
 
 
@@ -150,7 +146,7 @@ def test_every_reason_has_words(reason):
         (errno.EACCES, "/locks", "cannot be opened: Permission denied"),
         (errno.EMFILE, "/locks", "cannot be opened: Too many open files"),
         (errno.ENOSPC, None, "cannot be written: No space left"),
-        (errno.EROFS, f"/locks/.{PATH[7:]}", "cannot be written: Read-only"),
+        (errno.EROFS, "/locks/.a.pid", "cannot be written: Read-only"),
         (errno.ENOLCK, KERNEL_LOCK, "does not lock files: No locks available"),
     ],
 )
@@ -160,23 +156,18 @@ def test_what_the_system_refuses(number, name, told):
     assert "plugins.vtjoblock.dir = '/locks'" in text
 
 
-def test_no_kernel_locks_at_all():
-    """Another directory would not help."""
+def test_what_else_stops_a_job():
+    # Another directory would not help.
     text = refusal(OSError(errno.EINVAL, os.strerror(errno.EINVAL), KERNEL_LOCK))
     assert "Linux 3.15" in text
     assert "plugins.vtjoblock.dir" not in text
-
-
-def test_anything_else():
     assert "RuntimeError: odd. Details are in /results/job.log." in refusal(RuntimeError("odd"))
     assert "interrupted before it had the lock" in refusal(KeyboardInterrupt())
 
 
-def test_times_of_any_size():
+def test_times_of_any_size_and_users_without_a_name():
     for when in (-(2**62), 0, 2**62):
-        assert "since: " in in_the_way(State.LIVE, since=float(when))
-
-
-def test_users_without_a_name():
-    assert f"user:   {NOBODY}\n" in in_the_way(State.LIVE)
+        assert f"user:   {NOBODY}\n" in in_the_way(State.LIVE, since=float(when))
     assert "user:   root\n" in messages.describe(LockFile(PATH, uid=0, state=State.LIVE))
+    assert messages.until(math.inf) == "for as long as it takes"
+    assert re.fullmatch(r"until [\d-]{10} [\d:]{8}", messages.until(60.5))
