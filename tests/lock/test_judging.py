@@ -128,8 +128,8 @@ def test_many(directory):
     [
         ("r", fcntl.flock, [fcntl.LOCK_EX], "STALE"),
         ("r", fcntl.lockf, [fcntl.LOCK_SH], "STALE"),
-        ("r", fcntl.fcntl, [lockfile.SETLK, lockfile.whole_file(fcntl.F_RDLCK)], "STALE"),
-        ("r+", fcntl.fcntl, [lockfile.SETLK, lockfile.whole_file(fcntl.F_WRLCK)], "LIVE"),
+        ("r", fcntl.fcntl, [lockfile.SETLK, lockfile.struct_flock(fcntl.F_RDLCK)], "STALE"),
+        ("r+", fcntl.fcntl, [lockfile.SETLK, lockfile.struct_flock(fcntl.F_WRLCK)], "LIVE"),
     ],
 )
 def test_only_its_owner_can_make_a_stale_lock_look_live(directory, mode, take, how, state):

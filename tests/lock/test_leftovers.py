@@ -280,6 +280,8 @@ def test_process_that_hangs(directory, path, tmp_path, start, monkeypatch):
         pytest.skip("mounting is not permitted here")
     try:
         guest, hanging = start(env=MARK), start(tmp_path / "frozen/file", script=HANGS)
+        # If this test is killed: whoever looks at that process hangs, ps(1) as well.
+        shell("setsid sh -c 'sleep 60; fsfreeze --unfreeze frozen' > /dev/null 2>&1 &")
         shell("fsfreeze --freeze frozen")
         os.write(hanging.stdin.fileno(), b"\n")
         wait_for(lambda: ") D " in Path(f"/proc/{hanging.pid}/stat").read_text())

@@ -25,7 +25,7 @@ JOB_ID = "0123456789abcdef0123456789abcdef01234567"
 def is_locked(path):
     """Whether somebody has the kernel lock on a file."""
     with open(path) as file:
-        answer = fcntl.fcntl(file, lockfile.GETLK, lockfile.whole_file(fcntl.F_WRLCK))
+        answer = fcntl.fcntl(file, lockfile.GETLK, lockfile.struct_flock(fcntl.F_WRLCK))
     return answer[0] != fcntl.F_UNLCK
 
 
