@@ -353,7 +353,7 @@ def test_two_users(sandboxes):
     test.end()
     assert finish(job)[0] == 0
     assert finish(waiting)[0] == 0, printed.read_text()
-    assert test.notes()[1] < following.notes()[0]
+    assert test.notes()[1][1] < following.notes()[0][1]
 
 
 AVOCADO_VT_LOCK = """
