@@ -38,7 +38,7 @@ guests: $(VENV)/made  ## Run every ending of a job with real QEMU guests: a quar
 	$(VENV)/bin/pytest --capture=no --durations=0 -m "" tests/guests
 
 stress: $(VENV)/made  ## Run the tests of the lock and of many jobs with 100 times the rounds: hours.
-	$(VENV)/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_jobs.py
+	$(VENV)/bin/pytest --capture=no --verbose --stress=100 tests/lock tests/test_plugin.py
 
 bench: $(VENV)/made  ## Measure what the lock costs beside avocado-vt's own plugin.
 	$(VENV)/bin/python -W ignore benchmarks/bench.py

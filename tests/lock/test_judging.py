@@ -198,9 +198,6 @@ def test_stale_lock_of_another_user(directory):
     assert len(names(directory)) == 2
 
 
-NOT_YET = pytest.mark.xfail(reason="a stat that may not be read fails the whole look")
-
-
 def told_to(directory, *prefix, proc=None):
     """The state and the reason that a process of this kind, maybe with another /proc, is told."""
     if proc:
@@ -219,7 +216,7 @@ def test_no_proc(directory):
 
 @needs.needs_mount_namespaces
 @needs.needs_other_users
-@pytest.mark.parametrize("hidepid", [pytest.param(1, marks=NOT_YET), 2])
+@pytest.mark.parametrize("hidepid", [1, 2])
 def test_proc_that_hides_the_processes_of_others(directory, hidepid):
     proc = f"proc -o hidepid={hidepid} proc"
     see = functools.partial(told_to, directory, *run_as(SOME_USER), proc=proc)
