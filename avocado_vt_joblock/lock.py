@@ -102,10 +102,11 @@ class JobLock:
         with contextlib.suppress(OSError):
             os.unlink(self._unpublished)
         unmark(self._name)
+        # Before that it is not given up, and must not be removed instead if this is interrupted.
         fd, self._fd = self._fd, None
+        self.held = False
         with contextlib.suppress(OSError):
             os.close(fd)
-        self.held = False
         return problem
 
     def _publish(self) -> None:

@@ -53,10 +53,11 @@ class VTJobLock(JobPre):
         :raises JobError: when it could not be taken; SystemExit on Avocado 103.0 and 104.0
         """
         try:
-            _let_go(job)
             # In a dry run no test is of that kind.
             if any(test.kind == "avocado-vt" for test in _tests(job)):
+                _hold_back(job)
                 _take_turn(job)
+                _let_go(job)
         except BaseException as error:
             stop: BaseException = SystemExit(_JOB_FAIL)
             try:
@@ -95,11 +96,11 @@ def _tests(job: Job) -> list[Runnable]:
 
 
 def _hold_back(job: Job) -> None:
-    """Keep a refused job from undoing what the holder has set up, until :func:`_let_go`."""
-    kept, post_tests = vars(job), job.post_tests
-    kept[_HELD_BACK] = post_tests, job.config.get(_POST_SCRIPTS)
+    """Keep a job without the lock from undoing what the holder has set up, when it ends."""
+    kept = vars(job)
+    held_back = kept.setdefault(_HELD_BACK, (job.post_tests, job.config.get(_POST_SCRIPTS)))
     # It puts itself back, since a program may run its job again.
-    kept["post_tests"] = lambda: kept.update(post_tests=post_tests)
+    kept["post_tests"] = lambda: kept.update(post_tests=held_back[0])
     job.config[_POST_SCRIPTS] = os.devnull
 
 

@@ -162,7 +162,7 @@ def test_what_else_stops_a_job():
     assert "Linux 3.15" in text
     assert "plugins.vtjoblock.dir" not in text
     assert "RuntimeError: odd. Details are in /results/job.log." in refusal(RuntimeError("odd"))
-    assert "interrupted before it had the lock" in refusal(KeyboardInterrupt())
+    assert "interrupted before its tests" in refusal(KeyboardInterrupt())
 
 
 def test_times_of_any_size_and_users_without_a_name():
