@@ -20,14 +20,8 @@ def run(*command: str | Path, **variables: str | Path) -> str:
     Nothing is downloaded, and no variable of the caller has pip or Python work in another way.
     """
     kept = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
-    done = subprocess.run(
-        [str(word) for word in command],
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**kept, **{name: str(value) for name, value in variables.items()}},
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, check=False, env={**kept, **variables}, **streams)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -45,10 +39,7 @@ def install(python: Path, *arguments: str | Path, **variables: str | Path) -> No
 
 
 def new_environment(directory: Path, packages: Path, **options: bool) -> Path:
-    """Make a virtual environment, and return its interpreter.
-
-    :param packages: a directory with what is installed in it without being copied
-    """
+    """Make an environment that shares a directory of packages, and return its interpreter."""
     venv.create(directory, symlinks=True, **options)
     (site,) = directory.glob("lib/python*/site-packages")
     (site / "shared.pth").write_text(f"{packages}\n")

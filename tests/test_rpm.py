@@ -13,7 +13,6 @@ NAME = "avocado-framework-plugin-vt-joblock"
 SITE = f"/usr/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 CONFIG = "/usr/etc/avocado/conf.d/vt_joblock.conf"
 OF_AVOCADO_VT = "/etc/avocado/conf.d/vt_joblock.conf"
-#: Stands in for the package of avocado-vt.
 STAND_IN = f"""Name: python3-avocado-plugins-vt
 Version: 113.0
 Release: 1
@@ -37,8 +36,7 @@ loaded["avocado.plugins.settings"]().adjust_settings_paths(paths)
 print(*map(inspect.getfile, loaded.values()), *paths, sep="\\n")
 """
 pytestmark = pytest.mark.skipif(
-    not shutil.which("rpmbuild"),
-    reason="no rpmbuild here; on Debian: apt-get install rpm python3-packaging",
+    not shutil.which("rpmbuild"), reason="on Debian: apt-get install rpm python3-packaging"
 )
 
 

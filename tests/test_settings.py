@@ -14,7 +14,6 @@ CONFIG_FILE = "etc/avocado/conf.d/vt_joblock.conf"
 
 
 def config_files(text):
-    """The config files that ``avocado config`` says it has read, in order."""
     return re.findall(r"^    \* (.*)$", text, re.MULTILINE)
 
 
@@ -31,7 +30,6 @@ def write(*paths):
 
 
 def own_etc(sandbox):
-    """Give a sandbox an /etc of its own, to be written in."""
     etc = sandbox.root / "etc"
     subprocess.run(["cp", "-a", "/etc", etc], check=True)
     script = f'mount --bind {etc} /etc && exec "$@"'
@@ -60,19 +58,14 @@ def test_defaults_are_documented(sandbox, installed):
         assert re.search(rf"^(# )?{key}={value}$", file, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("options", "place"),
-    [([], "environment"), (["--user"], "home/.local"), (["--target"], "target")],
-    ids=["environment", "user", "target"],
-)
-def test_config_file_is_found_where_pip_puts_it(sandbox, wheel, avocado_packages, options, place):
+@pytest.mark.parametrize("place", ["environment", "home/.local", "target"])
+def test_config_file_is_found_where_pip_puts_it(sandbox, wheel, avocado_packages, place):
+    sandbox.plugins = sandbox.root / "target"
+    options = {"home/.local": ["--user"], "target": ["--target", sandbox.plugins]}.get(place, [])
     # pip installs for the user only where the system's packages are visible.
     sandbox.python = new_environment(
-        sandbox.root / "environment", avocado_packages, system_site_packages=options == ["--user"]
+        sandbox.root / "environment", avocado_packages, system_site_packages="--user" in options
     )
-    if options == ["--target"]:
-        sandbox.plugins = sandbox.root / place
-        options = [*options, sandbox.plugins]
     install(sandbox.python, *options, wheel, HOME=sandbox.home)
     installed, extra = sandbox.root / place / CONFIG_FILE, sandbox.root / "extra.conf"
     write(installed, extra)
@@ -92,9 +85,7 @@ def test_order_in_an_activated_environment(sandbox, wheel, avocado_packages):
     sandbox.python = new_environment(prefix, avocado_packages)
     install(sandbox.python, wheel)
     etc = own_etc(sandbox)
-    write(
-        etc / "avocado/avocado.conf", etc / "avocado/conf.d/a.conf", etc / "avocado/conf.d/z.conf"
-    )
+    write(*(etc / "avocado" / name for name in ("avocado.conf", "conf.d/a.conf", "conf.d/z.conf")))
     expected = [
         f"{prefix}/{CONFIG_FILE}",
         f"/{CONFIG_FILE}",
@@ -104,9 +95,9 @@ def test_order_in_an_activated_environment(sandbox, wheel, avocado_packages):
     ]
     paths = [Path(f"{etc.parent}{file}" if file.startswith("/etc") else file) for file in expected]
     write(*paths)
-    command = ["sh", "-c", f". {prefix}/bin/activate && python -m avocado config"]
+    command = f". {prefix}/bin/activate && python -m avocado config"
     while paths:
-        code, text = finish(sandbox.popen(*command))
+        code, text = finish(sandbox.popen("sh", "-c", command))
         assert code == 0, text
         # Avocado has defaults of its own, too.
         files = [file for file in config_files(text) if not file.startswith(str(avocado_packages))]
