@@ -27,11 +27,6 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wheel(built):
-    return built.wheel
-
-
-@pytest.fixture(scope="session")
 def avocado_packages(tmp_path_factory):
     """A directory with Avocado, and without avocado-vt, for many environments."""
     directory = tmp_path_factory.mktemp("packages")
@@ -44,10 +39,10 @@ def avocado_packages(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def installed(wheel, avocado_packages, tmp_path_factory):
+def installed(built, avocado_packages, tmp_path_factory):
     """The interpreter of an environment that has Avocado and the wheel."""
     python = new_environment(tmp_path_factory.mktemp("environment"), avocado_packages)
-    install(python, wheel)
+    install(python, built.wheel)
     return python
 
 
@@ -70,11 +65,10 @@ def sandboxes():
     """Make as many sandboxes as needed, in a directory that other users can enter."""
     made = []
     with tempfile.TemporaryDirectory(prefix="vt-joblock-test-") as directory:
-        root = Path(directory)
-        root.chmod(0o755)
+        Path(directory).chmod(0o755)
 
         def make():
-            made.append(Sandbox(root / f"user{len(made) + 1}"))
+            made.append(Sandbox(Path(directory) / f"user{len(made) + 1}"))
             return made[-1]
 
         yield make

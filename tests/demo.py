@@ -9,16 +9,6 @@ from pathlib import Path
 from sandbox import Sandbox, assert_runs, finish, start, start_waiting
 
 
-def main():
-    with tempfile.TemporaryDirectory(prefix="vt-joblock-demo-") as directory:
-        sandbox = Sandbox(Path(directory) / "user")
-        try:
-            show_refusal_and_waiting(sandbox)
-            show_what_is_left(sandbox)
-        finally:
-            sandbox.close()
-
-
 def show_refusal_and_waiting(sandbox):
     say("A first job with a VT test starts, and holds the lock while its test runs:")
     first = sandbox.vt_test("first")
@@ -87,4 +77,10 @@ def check(true, what):
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory(prefix="vt-joblock-demo-") as directory:
+        sandbox = Sandbox(Path(directory) / "user")
+        try:
+            show_refusal_and_waiting(sandbox)
+            show_what_is_left(sandbox)
+        finally:
+            sandbox.close()

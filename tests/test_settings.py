@@ -1,12 +1,11 @@
 """The options and the config file, in every place where pip puts them."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from environments import install, new_environment
+from environments import install, new_environment, run
 from needs import needs_mount_namespaces
 from sandbox import finish
 
@@ -31,7 +30,7 @@ def write(*paths):
 
 def own_etc(sandbox):
     etc = sandbox.root / "etc"
-    subprocess.run(["cp", "-a", "/etc", etc], check=True)
+    run("cp", "-a", "/etc", etc)
     script = f'mount --bind {etc} /etc && exec "$@"'
     sandbox.prefix = ["unshare", "--mount", "sh", "-c", script, "-"]
     return etc
@@ -59,14 +58,13 @@ def test_defaults_are_documented(sandbox, installed):
 
 
 @pytest.mark.parametrize("place", ["environment", "home/.local", "target"])
-def test_config_file_is_found_where_pip_puts_it(sandbox, wheel, avocado_packages, place):
+def test_config_file_is_found_where_pip_puts_it(sandbox, built, avocado_packages, place):
     sandbox.plugins = sandbox.root / "target"
     options = {"home/.local": ["--user"], "target": ["--target", sandbox.plugins]}.get(place, [])
     # pip installs for the user only where the system's packages are visible.
-    sandbox.python = new_environment(
-        sandbox.root / "environment", avocado_packages, system_site_packages="--user" in options
-    )
-    install(sandbox.python, *options, wheel, HOME=sandbox.home)
+    prefix = sandbox.root / "environment"
+    sandbox.python = new_environment(prefix, avocado_packages, system="--user" in options)
+    install(sandbox.python, *options, built.wheel, HOME=sandbox.home)
     installed, extra = sandbox.root / place / CONFIG_FILE, sandbox.root / "extra.conf"
     write(installed, extra)
     text = sandbox.output("config")
@@ -79,11 +77,11 @@ def test_config_file_is_found_where_pip_puts_it(sandbox, wheel, avocado_packages
 
 
 @needs_mount_namespaces
-def test_order_in_an_activated_environment(sandbox, wheel, avocado_packages):
+def test_order_in_an_activated_environment(sandbox, built, avocado_packages):
     """Of the system's files only ours counts there, above the one that pip has installed."""
     prefix = sandbox.root / "environment"
     sandbox.python = new_environment(prefix, avocado_packages)
-    install(sandbox.python, wheel)
+    install(sandbox.python, built.wheel)
     etc = own_etc(sandbox)
     write(*(etc / "avocado" / name for name in ("avocado.conf", "conf.d/a.conf", "conf.d/z.conf")))
     expected = [
@@ -109,14 +107,14 @@ def test_order_in_an_activated_environment(sandbox, wheel, avocado_packages):
 
 @needs_mount_namespaces
 @pytest.mark.parametrize("has_a_file", [True, False], ids=["own file", "no own file"])
-def test_order_outside_of_an_activated_environment(sandbox, installed, wheel, has_a_file):
+def test_order_outside_of_an_activated_environment(sandbox, installed, built, has_a_file):
     """The administrator's file is where Avocado puts it, among the others of /etc."""
     sandbox.python = installed
     sandbox.configure("")
     if not has_a_file:
         # As deep as /usr/lib/python3 is, of which / would be the prefix.
         sandbox.plugins = sandbox.root.parent / "dist-packages"
-        install(sandbox.python, "--target", sandbox.plugins, wheel)
+        install(sandbox.python, "--target", sandbox.plugins, built.wheel)
         (sandbox.plugins / CONFIG_FILE).unlink(missing_ok=True)
     etc = own_etc(sandbox)
     ours, site = etc.parent / CONFIG_FILE, etc / "avocado/conf.d/site.conf"
