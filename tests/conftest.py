@@ -1,4 +1,3 @@
-import itertools
 import shutil
 import sys
 import tempfile
@@ -19,19 +18,12 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """The distributions, ``wheel`` and ``sdist``, and what their build ``printed``."""
     directory = tmp_path_factory.mktemp("build")
     source, dist = directory / "source", directory / "dist"
     copy_sources(source)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source]
-    printed = run(*command)
+    printed = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source)
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     return SimpleNamespace(wheel=wheel, sdist=sdist, printed=printed)
-
-
-@pytest.fixture(scope="session")
-def wheel(built):
-    return built.wheel
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +39,10 @@ def avocado_packages(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def installed(wheel, avocado_packages, tmp_path_factory):
+def installed(built, avocado_packages, tmp_path_factory):
     """The interpreter of an environment that has Avocado and the wheel."""
     python = new_environment(tmp_path_factory.mktemp("environment"), avocado_packages)
-    install(python, wheel)
+    install(python, built.wheel)
     return python
 
 
@@ -72,13 +64,11 @@ def rounds(request):
 def sandboxes():
     """Make as many sandboxes as needed, in a directory that other users can enter."""
     made = []
-    count = itertools.count(1)
     with tempfile.TemporaryDirectory(prefix="vt-joblock-test-") as directory:
-        root = Path(directory)
-        root.chmod(0o755)
+        Path(directory).chmod(0o755)
 
         def make():
-            made.append(Sandbox(root / f"user{next(count)}"))
+            made.append(Sandbox(Path(directory) / f"user{len(made) + 1}"))
             return made[-1]
 
         yield make
@@ -104,7 +94,6 @@ def holder(sandbox):
 
 @pytest.fixture
 def held_lock(sandbox):
-    """A lock that this process holds, as a job does."""
     lock = JobLock(str(sandbox.lock_dir), f"{1:040x}")
     lock.acquire()
     yield lock

@@ -6,24 +6,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sandbox import Sandbox, finish, wait_for
-
-
-def main():
-    with tempfile.TemporaryDirectory(prefix="vt-joblock-demo-") as directory:
-        sandbox = Sandbox(Path(directory) / "user")
-        try:
-            show_refusal_and_waiting(sandbox)
-            show_what_is_left(sandbox)
-        finally:
-            sandbox.close()
+from sandbox import Sandbox, assert_runs, finish, start, start_waiting
 
 
 def show_refusal_and_waiting(sandbox):
     say("A first job with a VT test starts, and holds the lock while its test runs:")
     first = sandbox.vt_test("first")
-    holder = sandbox.run(first)
-    wait_for(lambda: first.has_begun, holder)
+    holder = start(sandbox, first)
     (lock,) = sandbox.locks()
     quote(f"$ cat {lock}\n{lock.read_text()}")
     check(int(lock.read_text()) == holder.pid, "the lock file holds the PID of the first job")
@@ -32,14 +21,9 @@ def show_refusal_and_waiting(sandbox):
     refused(sandbox, "second", str(lock))
 
     say("A third job may wait for its turn, since plugins.vtjoblock.timeout is set to 60:")
-    third = sandbox.vt_test("third")
-    third.end()
-    log = sandbox.root / "third.log"
     configuration = sandbox.config.read_text()
-    sandbox.configure(f"{configuration}timeout = 60\n")
-    with log.open("w") as file:
-        waiting = sandbox.run(third, stdout=file)
-    wait_for(lambda: "Waiting until" in log.read_text(), waiting)
+    sandbox.add_to_config("timeout = 60")
+    waiting, third, log = start_waiting(sandbox, "third")
     sandbox.configure(configuration)
     check(not third.has_begun, "its test does not run beside that of the first job")
     first.end()
@@ -52,8 +36,7 @@ def show_refusal_and_waiting(sandbox):
 def show_what_is_left(sandbox):
     say("A job is killed with all its tests. What stands in for a guest runs on:")
     killed = sandbox.vt_test("killed", starts="sleep 1000")
-    job = sandbox.run(killed)
-    wait_for(lambda: killed.has_begun, job)
+    job = start(sandbox, killed)
     os.killpg(job.pid, signal.SIGKILL)
     finish(job)
     quote(f"$ pgrep -a sleep\n{killed.guest} sleep 1000")
@@ -63,11 +46,9 @@ def show_what_is_left(sandbox):
 
     say("The guest is ended, and a last job runs:")
     os.kill(killed.guest, signal.SIGTERM)
-    last = sandbox.vt_test("last")
-    last.end()
-    code, text = finish(sandbox.run(last))
+    text = assert_runs(sandbox, "last")
     quote(text, "JOB ID")
-    check(code == 0 and last.has_begun, "its test has run, and it has passed")
+    check("PASS 1" in text, "its test has run, and it has passed")
     check(not sandbox.locks(), "the lock directory is empty: the stale lock is gone, too")
 
 
@@ -85,7 +66,6 @@ def say(text):
 
 
 def quote(text, begin=""):
-    """Print a text from where it begins."""
     for line in text[text.index(begin) :].strip().splitlines():
         print(f"    | {line}", flush=True)
 
@@ -97,4 +77,10 @@ def check(true, what):
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory(prefix="vt-joblock-demo-") as directory:
+        sandbox = Sandbox(Path(directory) / "user")
+        try:
+            show_refusal_and_waiting(sandbox)
+            show_what_is_left(sandbox)
+        finally:
+            sandbox.close()

@@ -15,19 +15,10 @@ PROJECT = HERE.parent
 
 
 def run(*command: str | Path, **variables: str | Path) -> str:
-    """Run a command that succeeds, and return what it prints.
-
-    Nothing is downloaded, and no variable of the caller has pip or Python work in another way.
-    """
+    """Run a command without downloads and the caller's variables; return what it prints."""
     kept = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
-    done = subprocess.run(
-        [str(word) for word in command],
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**kept, **{name: str(value) for name, value in variables.items()}},
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, check=False, env={**kept, **variables}, **streams)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -44,12 +35,9 @@ def install(python: Path, *arguments: str | Path, **variables: str | Path) -> No
     run(*pip, *arguments, **variables)
 
 
-def new_environment(directory: Path, packages: Path, **options: bool) -> Path:
-    """Make a virtual environment, and return its interpreter.
-
-    :param packages: a directory with what is installed in it without being copied
-    """
-    venv.create(directory, symlinks=True, **options)
+def new_environment(directory: Path, packages: Path, system: bool = False) -> Path:
+    """Make an environment that shares a directory of packages, and return its interpreter."""
+    venv.create(directory, symlinks=True, system_site_packages=system)
     (site,) = directory.glob("lib/python*/site-packages")
     (site / "shared.pth").write_text(f"{packages}\n")
     return directory / "bin/python"

@@ -1,12 +1,11 @@
 """The options and the config file, in every place where pip puts them."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from environments import install, new_environment
+from environments import install, new_environment, run
 from needs import needs_mount_namespaces
 from sandbox import finish
 
@@ -14,7 +13,6 @@ CONFIG_FILE = "etc/avocado/conf.d/vt_joblock.conf"
 
 
 def config_files(text):
-    """The config files that ``avocado config`` says it has read, in order."""
     return re.findall(r"^    \* (.*)$", text, re.MULTILINE)
 
 
@@ -31,9 +29,8 @@ def write(*paths):
 
 
 def own_etc(sandbox):
-    """Give a sandbox an /etc of its own, to be written in."""
     etc = sandbox.root / "etc"
-    subprocess.run(["cp", "-a", "/etc", etc], check=True)
+    run("cp", "-a", "/etc", etc)
     script = f'mount --bind {etc} /etc && exec "$@"'
     sandbox.prefix = ["unshare", "--mount", "sh", "-c", script, "-"]
     return etc
@@ -60,20 +57,14 @@ def test_defaults_are_documented(sandbox, installed):
         assert re.search(rf"^(# )?{key}={value}$", file, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("options", "place"),
-    [([], "environment"), (["--user"], "home/.local"), (["--target"], "target")],
-    ids=["environment", "user", "target"],
-)
-def test_config_file_is_found_where_pip_puts_it(sandbox, wheel, avocado_packages, options, place):
+@pytest.mark.parametrize("place", ["environment", "home/.local", "target"])
+def test_config_file_is_found_where_pip_puts_it(sandbox, built, avocado_packages, place):
+    sandbox.plugins = sandbox.root / "target"
+    options = {"home/.local": ["--user"], "target": ["--target", sandbox.plugins]}.get(place, [])
     # pip installs for the user only where the system's packages are visible.
-    sandbox.python = new_environment(
-        sandbox.root / "environment", avocado_packages, system_site_packages=options == ["--user"]
-    )
-    if options == ["--target"]:
-        sandbox.plugins = sandbox.root / place
-        options = [*options, sandbox.plugins]
-    install(sandbox.python, *options, wheel, HOME=sandbox.home)
+    prefix = sandbox.root / "environment"
+    sandbox.python = new_environment(prefix, avocado_packages, system="--user" in options)
+    install(sandbox.python, *options, built.wheel, HOME=sandbox.home)
     installed, extra = sandbox.root / place / CONFIG_FILE, sandbox.root / "extra.conf"
     write(installed, extra)
     text = sandbox.output("config")
@@ -86,15 +77,13 @@ def test_config_file_is_found_where_pip_puts_it(sandbox, wheel, avocado_packages
 
 
 @needs_mount_namespaces
-def test_order_in_an_activated_environment(sandbox, wheel, avocado_packages):
+def test_order_in_an_activated_environment(sandbox, built, avocado_packages):
     """Of the system's files only ours counts there, above the one that pip has installed."""
     prefix = sandbox.root / "environment"
     sandbox.python = new_environment(prefix, avocado_packages)
-    install(sandbox.python, wheel)
+    install(sandbox.python, built.wheel)
     etc = own_etc(sandbox)
-    write(
-        etc / "avocado/avocado.conf", etc / "avocado/conf.d/a.conf", etc / "avocado/conf.d/z.conf"
-    )
+    write(*(etc / "avocado" / name for name in ("avocado.conf", "conf.d/a.conf", "conf.d/z.conf")))
     expected = [
         f"{prefix}/{CONFIG_FILE}",
         f"/{CONFIG_FILE}",
@@ -104,9 +93,9 @@ def test_order_in_an_activated_environment(sandbox, wheel, avocado_packages):
     ]
     paths = [Path(f"{etc.parent}{file}" if file.startswith("/etc") else file) for file in expected]
     write(*paths)
-    command = ["sh", "-c", f". {prefix}/bin/activate && python -m avocado config"]
+    command = f". {prefix}/bin/activate && python -m avocado config"
     while paths:
-        code, text = finish(sandbox.popen(*command))
+        code, text = finish(sandbox.popen("sh", "-c", command))
         assert code == 0, text
         # Avocado has defaults of its own, too.
         files = [file for file in config_files(text) if not file.startswith(str(avocado_packages))]
@@ -118,14 +107,14 @@ def test_order_in_an_activated_environment(sandbox, wheel, avocado_packages):
 
 @needs_mount_namespaces
 @pytest.mark.parametrize("has_a_file", [True, False], ids=["own file", "no own file"])
-def test_order_outside_of_an_activated_environment(sandbox, installed, wheel, has_a_file):
+def test_order_outside_of_an_activated_environment(sandbox, installed, built, has_a_file):
     """The administrator's file is where Avocado puts it, among the others of /etc."""
     sandbox.python = installed
     sandbox.configure("")
     if not has_a_file:
         # As deep as /usr/lib/python3 is, of which / would be the prefix.
         sandbox.plugins = sandbox.root.parent / "dist-packages"
-        install(sandbox.python, "--target", sandbox.plugins, wheel)
+        install(sandbox.python, "--target", sandbox.plugins, built.wheel)
         (sandbox.plugins / CONFIG_FILE).unlink(missing_ok=True)
     etc = own_etc(sandbox)
     ours, site = etc.parent / CONFIG_FILE, etc / "avocado/conf.d/site.conf"
