@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 from avocado_vt_joblock import lock, lockfile, processes
@@ -17,30 +18,21 @@ CALLS = {
 }
 
 
-class _Module:
-    """A module whose system calls go through a hook."""
+def _module(real, hook):
+    def hooked(name, call):
+        return lambda *args, **options: hook(name, functools.partial(call, *args, **options))
 
-    def __init__(self, real, hook):
-        self._real, self._hook = real, hook
-
-    def __getattr__(self, name):
-        value = getattr(self._real, name)
-        if name not in CALLS:
-            return value
-        return lambda *args, **options: self._hook(name, functools.partial(value, *args, **options))
+    calls = {name: hooked(name, call) for name, call in vars(real).items() if name in CALLS}
+    return SimpleNamespace(**{**vars(real), **calls})
 
 
 @contextlib.contextmanager
 def intercepted(hook):
-    """Have the system calls of the package go through a hook.
-
-    :param hook: called with the name of the system call, and with what does and returns it
-    """
+    """Have a hook be given each system call of the package: its name, and what does it."""
     with contextlib.ExitStack() as stack:
         for room, real in itertools.product((lock, lockfile, processes), (os, fcntl, time)):
             if hasattr(room, real.__name__):
-                module = _Module(real, hook)
-                stack.enter_context(mock.patch.object(room, real.__name__, module))
+                stack.enter_context(mock.patch.object(room, real.__name__, _module(real, hook)))
         yield
 
 

@@ -1,11 +1,6 @@
-"""Lock files and processes of others.
-
-As a script, ``others.py DIRECTORY``, it tries to take the lock, tells what came of it, and holds
-the lock until its standard input ends.
-"""
+"""Lock files and processes of others; as a script it is one that tries to take the lock."""
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import pickle
@@ -19,6 +14,8 @@ from avocado_vt_joblock import lock, lockfile, processes
 CONTENT = {"this package": b"%d\n\n", "avocado-vt": b"%d"}
 AN_HOUR = 3600
 _RUN = os.getpid()
+_DEAD = subprocess.Popen("true")
+_DEAD.wait()
 
 
 def names(directory):
@@ -26,26 +23,18 @@ def names(directory):
 
 
 def job_id(number):
-    """The id of a job, which is no other's of a test run at the same time."""
-    return f"{_RUN:032x}{number:08x}"
+    return f"{_RUN:032x}{number:08x}"  # no other's of a test run at the same time
 
 
 def lock_path(directory, number):
     return directory / f"{lockfile.PREFIX}{job_id(number)}-{os.getuid()}-{number:08x}.pid"
 
 
-@functools.cache
-def dead_pid():
-    """The PID of a process that is gone."""
-    with subprocess.Popen("true") as process:
-        return process.pid
-
-
 def leave_lock(directory, number=0xDEAD, content="this package", pid=None, age=AN_HOUR):
     """Leave a lock file as it is after its maker was killed; a dead one's unless told."""
     path = lock_path(directory, number)
     content = CONTENT.get(content, content)
-    path.write_bytes(content % (pid or dead_pid()) if b"%" in content else content)
+    path.write_bytes(content % (pid or _DEAD.pid) if b"%" in content else content)
     # By its date it is stale even where a process of today has been given the PID.
     os.utime(path, (time.time() - age,) * 2)
     return path
@@ -65,7 +54,6 @@ def contend(contender):
 
 
 def attempt(directory):
-    """Try to take the lock, give it up at once, and return what came of it."""
     contender = lock.JobLock(str(directory), job_id(os.getpid()))
     told = contend(contender)
     contender.release()
@@ -73,22 +61,18 @@ def attempt(directory):
 
 
 def attempt_as(uid, directory):
-    """The same as another user."""
     with multiprocessing.get_context("fork").Pool(1, os.setuid, (uid,)) as pool:
         return pool.apply(attempt, (directory,))
 
 
 @contextlib.contextmanager
 def process(directory, *prefix, **options):
-    """A process, maybe by a command, that tries to take the lock and holds it until the end.
-
-    Its ``told`` is what came of it.
-    """
+    """One that was ``told`` what came of trying to take the lock, and holds it until the end."""
     command = [*prefix, sys.executable, __file__, directory]
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **options}
     # It is not of a job that holds a lock here.
     options = {"env": {**os.environ, processes.VARIABLE: ""}, **options}
-    with subprocess.Popen(command, **options) as popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, **options) as popen:
         popen.told = pickle.load(popen.stdout)
         yield popen
         popen.stdin.close()

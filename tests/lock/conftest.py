@@ -11,7 +11,6 @@ from others import job_id
 
 from avocado_vt_joblock import lock
 
-#: What a process that is started does as a rule.
 WAIT = "import sys; print(flush=True); sys.stdin.read()"
 
 
@@ -26,11 +25,10 @@ def no_hang(request):
 @pytest.fixture
 def directory():
     """A lock directory that is as /tmp: everybody may write, and remove what is their own."""
-    # In memory, if that can be had: hundreds of thousands of files are made.
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(prefix="vt-joblock-test-", dir=memory) as parent:
         Path(parent).chmod(0o755)
-        path = Path(parent) / "locks"
+        path = Path(parent, "locks")
         path.mkdir()
         path.chmod(0o1777)
         yield path
@@ -38,7 +36,6 @@ def directory():
 
 @pytest.fixture
 def new_lock(directory):
-    """Make a lock of a job of its own; what is held at the end is released."""
     made = []
 
     def make(job=None, where=directory):
@@ -52,7 +49,6 @@ def new_lock(directory):
 
 @pytest.fixture
 def held(new_lock):
-    """A lock that is held."""
     made = new_lock()
     made.acquire()
     return made
@@ -60,7 +56,6 @@ def held(new_lock):
 
 @pytest.fixture
 def start():
-    """Start a process that runs until the end of the test, with all that it starts."""
     started = []
 
     def start(*words, prefix=(), script=WAIT, command=(), env=(), **options):

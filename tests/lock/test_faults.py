@@ -13,19 +13,15 @@ from avocado_vt_joblock import lock, processes
 
 DIED = 77
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EINTR, errno.ENOLCK]
-
+# A lock is taken, also over stale ones or beside a live one, or given back.
+situations = pytest.mark.parametrize("situation", ["acquire", "stale", "refused", "release"])
 afters = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 
 
 def descriptors():
-    """The open descriptors of this process, with what they refer to."""
     links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
     # That of the listing itself is closed already.
     return {link: os.readlink(link) for link in links if os.path.lexists(link)}
-
-
-# A lock is taken, also over stale ones or beside a live one, or given back.
-situations = pytest.mark.parametrize("situation", ["acquire", "stale", "refused", "release"])
 
 
 @pytest.fixture
@@ -54,8 +50,7 @@ def each_call(directory, new_lock, situation):
 
         def hook(name, call):
             calls.append(name)
-            is_it = len(calls) - 1 == number
-            return instead(name, call) if is_it else only([os.getpid()], call)
+            return instead(name, call) if len(calls) - 1 == number else only([os.getpid()], call)
 
         with intercepted(hook):
             what()
@@ -95,17 +90,6 @@ def test_death(each_call, after):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == DIED
 
 
-def failing(code):
-    """What has a system call fail; a close() closes nevertheless."""
-
-    def fail(name, call):
-        if name == "close":
-            call()
-        raise OSError(code, os.strerror(code))
-
-    return fail
-
-
 @situations
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
 def test_error(directory, situation, each_call, code):
@@ -113,7 +97,13 @@ def test_error(directory, situation, each_call, code):
 
     The guard may be missing, a stale lock may stay, and a PID may be that of a process here.
     """
-    for name, begin, failure in each_call(failing(code)):
+
+    def fail(name, call):
+        if name == "close":
+            call()
+        raise OSError(code, os.strerror(code))
+
+    for name, begin, failure in each_call(fail):
         made, what = begin()
         with failure:
             told = what()
@@ -133,10 +123,6 @@ def test_error(directory, situation, each_call, code):
         assert situation in ("refused", "release") or not os.path.lexists(made.path)
 
 
-class InterruptionError(BaseException):
-    """Raised in the middle of a system call, as the handler of a signal may do."""
-
-
 # An iterator that is interrupted before it has a name is closed when it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @situations
@@ -145,17 +131,16 @@ def test_interruption(each_call, after):
     """Who gives the lock up then, as the plugin does, has none, and stops nobody."""
 
     def interrupt(name, call):
-        # Handlers run in the main thread.
         is_main = threading.current_thread() is threading.main_thread()
         result = call() if after or not is_main else None
         if is_main:
-            raise InterruptionError
+            raise KeyboardInterrupt
         return result
 
     # What was interrupted while it was opened or closed is lost to the process.
     for name, begin, interruption in each_call(interrupt, may_lose=("open", "close")):
         made, what = begin()
-        with interruption, contextlib.suppress(InterruptionError):
+        with interruption, contextlib.suppress(KeyboardInterrupt):
             what()
         made.release()
         assert not os.path.lexists(made.path), name

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import multiprocessing
 import os
 
@@ -16,7 +15,6 @@ HANG = 60
 
 
 def take_part(directory, number):
-    """Contend for the lock at the same moment as others, and release it when all have tried."""
     contender = lock.JobLock(str(directory), job_id(100 + number))
     take_part.barrier.wait(HANG)
     told = contend(contender)
@@ -30,7 +28,7 @@ def take_part(directory, number):
 
 @contextlib.contextmanager
 def racers(directory, count):
-    """So many processes: what has them contend once, and returns how many have won."""
+    """What has so many processes contend once, and returns how many have won."""
 
     def hook(name, call):
         # On few processors hardly anything happens at once of itself.
@@ -38,16 +36,15 @@ def racers(directory, count):
         return call()
 
     context = multiprocessing.get_context("fork")
-    inherit = functools.partial(setattr, take_part, "barrier")
-    with intercepted(hook), context.Pool(count, inherit, [context.Barrier(count)]) as pool:
+    take_part.barrier = context.Barrier(count)
+    with intercepted(hook), context.Pool(count) as pool:
 
         def race():
             arguments = [(directory, number) for number in range(count)]
             answers = pool.starmap_async(take_part, arguments, chunksize=1).get(2 * HANG)
-            racing = {("LIVE", own) for _, _, own in answers}
             # The others know who it was, or met somebody who gave up as well.
             losers = [(state, pid) for state, pid, _ in answers if state != "WON"]
-            assert set(losers) <= racing
+            assert set(losers) <= {("LIVE", own) for _, _, own in answers}
             return count - len(losers)
 
         yield race
