@@ -12,9 +12,9 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sandbox import running_tests, wait_for
+from sandbox import Popen, running_tests, wait_for
 
-Act = Callable[["subprocess.Popen[str]"], object]
+Act = Callable[[Popen], object]
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,18 @@ class Ending:
     may_hang: bool = False  # whether a test of avocado-vt may, with its guest
 
 
-def nothing(job: subprocess.Popen[str]) -> None:
+def nothing(job: Popen) -> None:
     """Wait for a timeout."""
 
 
 def to_avocado(signum: int) -> Act:
-    """Send a signal to Avocado alone."""
     return lambda job: job.send_signal(signum)
 
 
 def to_all(signum: int, times: int = 1) -> Act:
     """Send a signal to the process group, as a terminal does."""
 
-    def act(job: subprocess.Popen[str]) -> None:
+    def act(job: Popen) -> None:
         for _ in range(times):
             os.killpg(job.pid, signum)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -53,7 +52,7 @@ def to_all(signum: int, times: int = 1) -> Act:
 def kill_of(which: int, then: int = signal.SIGTERM) -> Act:
     """Kill the runner (0) or its child, which runs the test (1); signal Avocado, which hangs."""
 
-    def act(job: subprocess.Popen[str]) -> None:
+    def act(job: Popen) -> None:
         pid = sorted(running_tests(job))[which]
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: pid not in running_tests(job))
@@ -62,7 +61,7 @@ def kill_of(which: int, then: int = signal.SIGTERM) -> Act:
     return act
 
 
-def kill_of_avocado_and_tests(job: subprocess.Popen[str]) -> None:
+def kill_of_avocado_and_tests(job: Popen) -> None:
     """Kill all but the guest and what avocado-vt has started for it."""
     for pid in [job.pid, *running_tests(job)]:
         os.kill(pid, signal.SIGKILL)

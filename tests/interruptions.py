@@ -35,48 +35,37 @@ class CtrlC:
                 raise KeyboardInterrupt
         return self
 
-    def __enter__(self):
-        sys.settrace(self)
-
-    def __exit__(self, *error):
-        sys.settrace(None)
-
 
 def new_job(directory, status="PASS"):
     result = Result("0" * 40, "job.log")
     result.tests = [{"status": status}]
-    job = SimpleNamespace(
-        unique_id="0" * 40,
-        config={"plugins.vtjoblock.dir": directory, "plugins.vtjoblock.timeout": "0", SCRIPTS: "x"},
-        test_suites=[SimpleNamespace(enabled=True, tests=[SimpleNamespace(kind="avocado-vt")])],
-        result=result,
-        status="PASS",
-        exitcode=0,
-        logdir="",
-        logfile="",
-        undone=[],
-    )
+    config = {"plugins.vtjoblock.dir": directory, "plugins.vtjoblock.timeout": "0", SCRIPTS: "x"}
+    suites = [SimpleNamespace(enabled=True, tests=[SimpleNamespace(kind="avocado-vt")])]
+    job = SimpleNamespace(unique_id="0" * 40, config=config, test_suites=suites, result=result)
+    job.status, job.exitcode, job.logdir, job.logfile, job.undone = "PASS", 0, "", "", []
     job.post_tests = lambda: job.undone.append("post_tests")
     return job
 
 
 def run(job, pre=0, post=0):
     """Run a job as Avocado does, with Ctrl-C at a line; return how many lines were left to that."""
+
+    def attempt(call, ctrl_c):
+        sys.settrace(ctrl_c)
+        try:
+            call(job)
+        except BaseException as error:
+            job.errors.append(error)
+        finally:
+            sys.settrace(None)
+
     job.errors = []
     in_pre, in_post = CtrlC(pre), CtrlC(post)
-    try:
-        with in_pre:
-            plugin.VTJobLock().pre(job)
-    except BaseException as error:
-        job.errors.append(error)
+    attempt(plugin.VTJobLock().pre, in_pre)
     job.post_tests()
     if job.config[SCRIPTS] == "x":
         job.undone.append("scripts")
-    try:
-        with in_post:
-            plugin.VTJobUnlock().post(job)
-    except BaseException as error:
-        job.errors.append(error)
+    attempt(plugin.VTJobUnlock().post, in_post)
     return in_pre.left if pre else in_post.left
 
 

@@ -18,7 +18,6 @@ Popen = subprocess.Popen[str]
 HERE = Path(__file__).resolve().parent
 AVOCADO = int(metadata.version("avocado-framework").split(".")[0])
 AVOCADO_READS_RECIPES = AVOCADO >= 105
-#: How the message of a job that was stopped begins.
 FAILURE = "Failure trying to set Avocado-VT job lock: "
 #: A plugin of Avocado that does nothing but to be loaded at every start.
 NOTHING = """
@@ -27,8 +26,7 @@ class Nothing(Init):
     name = description = "nothing"
     def initialize(self): pass
 """
-#: How long anything may take before it counts as a hang, in seconds.
-HANG = 120
+HANG = 120  # seconds
 
 
 class Sandbox:
@@ -41,6 +39,7 @@ class Sandbox:
         self.home = root / "home"
         self.lock_dir = root / "locks"
         self.plugins = root / "plugins"
+        self.latest = self.home / "avocado/job-results/latest"
         self.config = self.home / ".config/avocado/avocado.conf"
         self.processes: list[Popen] = []
         self.prefix: list[str] = []
@@ -54,13 +53,11 @@ class Sandbox:
         for program in ("qemu-kvm", "tcpdump"):
             (self.bin / program).symlink_to(shutil.which("true") or "/bin/true")
         shutil.copytree(HERE / "vt_provider", root / "provider")
-        (providers / "sandbox.ini").write_text(
-            f"[provider]\nuri: file://{root}/provider\n[qemu]\nsubdir: qemu/\n"
-        )
+        provider = f"[provider]\nuri: file://{root}/provider\n[qemu]\nsubdir: qemu/\n"
+        (providers / "sandbox.ini").write_text(provider)
         self.configure(f"[plugins.vtjoblock]\ndir = {self.lock_dir}\n")
 
     def configure(self, text: str) -> None:
-        """Replace the user's avocado.conf."""
         self.config.write_text(text)
 
     def add_to_config(self, text: str) -> None:
@@ -75,14 +72,12 @@ class Sandbox:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment variables for a process in this sandbox."""
         path = f"{self.bin}:{Path(self.python).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         places = {"HOME": self.home, "TMPDIR": self.root, "PYTHONPATH": self.plugins, "PATH": path}
         variables = {name: str(place) for name, place in places.items()}
         return {**variables, "LC_ALL": "C.UTF-8", "PYTHONFAULTHANDLER": "1"}
 
     def locks(self) -> list[Path]:
-        """The lock files that are there."""
         return sorted(self.lock_dir.glob("avocado-vt-joblock-*.pid"))
 
     def popen(self, *command: str | Path, **options: object) -> Popen:
@@ -96,7 +91,6 @@ class Sandbox:
         return process
 
     def avocado(self, *arguments: str | Path, **options: object) -> Popen:
-        """Start Avocado."""
         return self.popen(self.python, "-m", "avocado", *arguments, **options)
 
     def output(self, *arguments: str | Path) -> str:
@@ -106,7 +100,6 @@ class Sandbox:
         return text
 
     def vt_test(self, name: str, **parameters: str) -> VTTest:
-        """Make a VT test."""
         return VTTest(self, name, **parameters)
 
     def plugin(self, name: str, source: str, **entry_points: str) -> None:
@@ -127,7 +120,7 @@ class Sandbox:
     def run(self, *tests: VTTest | Path, options: Sequence[str] = (), **popen: object) -> Popen:
         """Start ``avocado run``, or what comes nearest where that does not read recipes."""
         if AVOCADO_READS_RECIPES:
-            words = ["run", "--disable-sysinfo", *options, "--", *recipes(tests)]
+            words = ["run", "--disable-sysinfo", *options, "--", *map(str, tests)]
             return self.avocado(*words, **popen)
         assert not options
         return self.job_api({}, *tests, **popen)
@@ -136,16 +129,15 @@ class Sandbox:
         self, config: dict[str, object], *tests: VTTest | Path, disabled: int = 0, **popen: object
     ) -> Popen:
         """Start a job by the Job API, with a suite for each test; the last ones may be disabled."""
-        words = [json.dumps(config), str(len(tests) - disabled), *map(str, recipes(tests))]
+        words = [json.dumps(config), str(len(tests) - disabled), *map(str, tests)]
         return self.popen(self.python, HERE / "job_api.py", *words, **popen)
 
     def living(self) -> dict[int, bytes]:
         """The command lines, by PID, of what runs of all that was started here."""
         ours = f"TMPDIR={self.root}".encode()
-        return _processes(lambda entry: ours in (entry / "environ").read_bytes().split(b"\0"))
+        return processes(lambda entry: ours in (entry / "environ").read_bytes().split(b"\0"))
 
     def close(self) -> None:
-        """End what is still running."""
         while living := self.living():
             for pid in living:
                 with contextlib.suppress(ProcessLookupError):
@@ -173,8 +165,10 @@ class VTTest:
         recipe["kwargs"].update(name=name, shortname=name, **parameters)
         self.recipe.write_text(json.dumps({**recipe, "uri": name}))
 
+    def __str__(self) -> str:
+        return str(self.recipe)
+
     def end(self) -> None:
-        """Let the test end, now or as soon as it runs."""
         self.until.touch()
 
     @property
@@ -189,7 +183,6 @@ class VTTest:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has started to run."""
         return bool(self.notes())
 
     @property
@@ -197,20 +190,6 @@ class VTTest:
         """Whether Avocado has logged all that it says until it is told to end."""
         logs = self.sandbox.home.glob("avocado/job-results/job-*/test-results/*/debug.log")
         return any(f"{self.record} is silent from now on" in log.read_text() for log in logs)
-
-
-def exec_recipe(sandbox: Sandbox, until: Path) -> Path:
-    """Make a test of another kind that ends when a file appears."""
-    path = sandbox.root / "other.json"
-    script = f"touch {sandbox.root}/other.begun; until test -e {until}; do sleep 0.02; done"
-    recipe = {"kind": "exec-test", "uri": "/bin/sh", "args": ["-c", script], "kwargs": {}}
-    path.write_text(json.dumps(recipe))
-    return path
-
-
-def recipes(tests: Sequence[VTTest | Path]) -> list[Path]:
-    """The recipes of tests, of which some may be recipes already."""
-    return [test.recipe if isinstance(test, VTTest) else test for test in tests]
 
 
 def run_as(uid: int) -> list[str]:
@@ -224,7 +203,7 @@ def run_as(uid: int) -> list[str]:
 
 
 def can_act_as_others() -> bool:
-    """Whether commands can be run as another user; root in a container often cannot."""
+    # Root in a container often cannot.
     if os.getuid() != 0 or not shutil.which("setpriv"):
         return False
     return subprocess.run([*run_as(1), "true"], check=False, capture_output=True).returncode == 0
@@ -235,8 +214,7 @@ def finish(process: Popen) -> tuple[int, str]:
     try:
         text, _ = process.communicate(timeout=HANG)
     except subprocess.TimeoutExpired:
-        # A Python tells where it hangs.
-        process.send_signal(signal.SIGABRT)
+        process.send_signal(signal.SIGABRT)  # A Python tells where it hangs.
         text, _ = process.communicate(timeout=HANG)
         raise AssertionError(f"it hangs: {text}") from None
     return process.returncode, text
@@ -257,7 +235,7 @@ def wait_for(what: Callable[[], object], process: Popen | None = None) -> None:
 
 def running_tests(job: Popen) -> dict[int, bytes]:
     """The processes of a job that run a test, which are in its session."""
-    found = _processes(lambda entry: os.getsid(int(entry.name)) == job.pid)
+    found = processes(lambda entry: os.getsid(int(entry.name)) == job.pid)
     return {pid: command for pid, command in found.items() if b"\0task-run\0" in command}
 
 
@@ -309,7 +287,7 @@ def _heed_signals() -> None:
         signal.signal(signum, signal.SIG_DFL)
 
 
-def _processes(is_wanted: Callable[[Path], bool]) -> dict[int, bytes]:
+def processes(is_wanted: Callable[[Path], bool]) -> dict[int, bytes]:
     """The command lines of processes; one that nobody has waited for yet has none any more."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):

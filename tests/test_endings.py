@@ -9,9 +9,9 @@ import re
 import signal
 
 import pytest
-from endings import ENDINGS, JOB_TIMEOUT, nothing
+from endings import ENDINGS
 from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
-from sandbox import assert_refused, assert_runs, finish, start, wait_for
+from sandbox import AVOCADO_READS_RECIPES, assert_refused, assert_runs, finish, start, wait_for
 
 from avocado_vt_joblock.lock import JobLock, LockInTheWayError
 
@@ -19,18 +19,13 @@ pytestmark = needs_avocado_vt
 STILL_RUN = r"(?m)^\d+ process\(es\) of the job still run\.$"
 SLEEP = "sleep 1000"
 KEEP = "[vt.setup]\nkeep_guest_running = True"
-NO_GRACE = "from avocado_vt_joblock import plugin\nplugin.END_TIMEOUT = 0.2\n"
 
 
 @pytest.fixture
 def impatient(sandbox):
     """A sandbox in which no job waits long for what is left of it."""
-    sandbox.first(NO_GRACE)
+    sandbox.first("from avocado_vt_joblock import plugin\nplugin.END_TIMEOUT = 0.2\n")
     return sandbox
-
-
-def killed(pid):
-    os.kill(pid, signal.SIGKILL)
 
 
 def left(sandbox):
@@ -45,21 +40,14 @@ def left(sandbox):
     return set()
 
 
-# Only ``avocado run`` turns SIGTERM into an exit; a caller of the Job API may do so.
-NEEDS_RECIPES = re.compile("SIGTERM|timeout")
+# Real guests show the others, which take their time.
+QUICK = [this for this in ENDINGS if not this.config or this.name == "job timeout"]
 
 
-@pytest.mark.parametrize(
-    "ending",
-    [
-        pytest.param(this, marks=needs_recipes if NEEDS_RECIPES.search(this.name) else ())
-        for this in ENDINGS
-        # Real guests show the others, which take their time.
-        if not this.config or (this.act is nothing and this.config is JOB_TIMEOUT)
-    ],
-    ids=lambda ending: ending.name,
-)
+@pytest.mark.parametrize("ending", QUICK, ids=lambda ending: ending.name)
 def test_nobody_else_runs_until_all_of_a_job_has_ended(impatient, ending):
+    if not AVOCADO_READS_RECIPES and re.search("SIGTERM|timeout", ending.name):
+        pytest.skip("only avocado run turns SIGTERM into an exit; a caller of the Job API may")
     test = impatient.vt_test("test", starts=SLEEP)
     impatient.add_to_config(ending.config.format(8))
     job = start(impatient, test)
@@ -72,13 +60,14 @@ def test_nobody_else_runs_until_all_of_a_job_has_ended(impatient, ending):
         assert f"{test.guest}  {SLEEP}" in text
         assert f"The lock file stays: {lock}." in text
     living = set(impatient.living())
+    seen = left(impatient)
     # Some may end at this moment.
-    assert living & set(impatient.living()) <= left(impatient) <= living
+    assert living & set(impatient.living()) <= seen <= living
     test.end()
     wait_for(lambda: list(impatient.living()) == [test.guest])
     assert left(impatient) == {test.guest}
     assert impatient.locks() == [lock]
-    killed(test.guest)
+    os.kill(test.guest, signal.SIGKILL)
     wait_for(lambda: not impatient.living())
     assert left(impatient) == set()
     assert impatient.locks() == []
@@ -104,12 +93,12 @@ def test_next_jobs_after_one_that_was_killed(sandbox):
         assert re.findall(r"^ +kill (.*)$", text, re.MULTILINE) == ([str(kill)] if kill else [])
         test.end()
         wait_for(lambda: list(sandbox.living()) == [test.guest])
-    killed(test.guest)
+    os.kill(test.guest, signal.SIGKILL)
     wait_for(lambda: not sandbox.living())
     text = assert_runs(sandbox, "next")
     for alarm in ("stale", "still", "warning", "killed"):
         assert alarm not in text.lower()
-    log = (sandbox.home / "avocado/job-results/latest/job.log").read_text()
+    log = (sandbox.latest / "job.log").read_text()
     assert f"Removed the stale lock file {lock}." in log
 
 
@@ -141,25 +130,21 @@ def test_guest_that_is_left(impatient, outcome, starts, config, counts):
     assert left(impatient) == ({test.guest} if counts else set())
 
 
-@needs_recipes
-def test_test_counts_even_where_guests_are_kept(impatient):
-    impatient.add_to_config(KEEP)
-    test = impatient.vt_test("test", starts=SLEEP)
-    job = start(impatient, test)
-    job.send_signal(signal.SIGINT)
-    code, text = finish(job)
-    assert code == 8, text
-    assert re.search(STILL_RUN, text)
-    assert f"{test.guest}  {SLEEP}" not in text
-    assert len(impatient.locks()) == 1
-
-
-@pytest.mark.parametrize("then", ["test ends", "Ctrl-C"])
-def test_grace_at_the_end(sandbox, then):
-    test = sandbox.vt_test("test")
+@pytest.mark.parametrize(
+    ("then", "starts"),
+    [
+        ("test ends", ""),
+        ("Ctrl-C", ""),
+        # The test counts even where guests are kept.
+        pytest.param("Ctrl-C", SLEEP, marks=needs_recipes),
+    ],
+)
+def test_grace_at_the_end(sandbox, then, starts):
+    sandbox.add_to_config(KEEP if starts else "")
+    test = sandbox.vt_test("test", starts=starts)
     job = start(sandbox, test)
     job.send_signal(signal.SIGINT)
-    log = sandbox.home / "avocado/job-results/latest/full.log"
+    log = sandbox.latest / "full.log"
     wait_for(lambda: "Ctrl-C ends the waiting" in " ".join(log.read_text().split()), job)
     if then == "test ends":
         test.end()
@@ -168,9 +153,10 @@ def test_grace_at_the_end(sandbox, then):
     code, text = finish(job)
     assert code == 8, text
     assert bool(re.search(STILL_RUN, text)) == (then == "Ctrl-C")
+    assert f"  {SLEEP}" not in text
     assert len(sandbox.locks()) == (then == "Ctrl-C")
     test.end()
-    wait_for(lambda: not sandbox.living())
+    wait_for(lambda: list(sandbox.living()) == ([test.guest] if starts else []))
     assert [what for what, _ in test.notes()] == ["begin", "end"]
 
 
@@ -190,9 +176,8 @@ def test_lock_file_is_removed_while_the_job_runs(impatient):
 
 def test_ctrl_c_while_it_looks_for_the_rest(sandbox):
     interrupt = "def interrupted(self, tests_only): raise KeyboardInterrupt\n"
-    sandbox.first(
-        f"{interrupt}from avocado_vt_joblock import lock\nlock.JobLock.left = interrupted\n"
-    )
+    change = "from avocado_vt_joblock import lock\nlock.JobLock.left = interrupted\n"
+    sandbox.first(interrupt + change)
     test = sandbox.vt_test("test", outcome="error", starts=SLEEP)
     test.end()
     code, text = finish(sandbox.run(test))
@@ -211,7 +196,7 @@ def test_standard_output_can_be_the_results(impatient):
     with errors.open("w") as file:
         _, text = finish(impatient.run(test, options=["--json=-"], stderr=file))
     assert json.loads(text)["errors"] == 1
-    log = (impatient.home / "avocado/job-results/latest/job.log").read_text()
+    log = (impatient.latest / "job.log").read_text()
     for told in (f"chmod +t {impatient.lock_dir}", "still run."):
         assert errors.read_text().count(told) == log.count(told) == 1
 

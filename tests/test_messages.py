@@ -16,21 +16,18 @@ PATH = f"/two words/avocado-vt-joblock-{7:040x}-0-00000007.pid"
 NOBODY = 54321
 
 
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [("0", 0), (" 2.5 ", 2.5), (7200, 7200), ("-1", math.inf), (-1.0, math.inf)],
-)
-def test_timeout(value, seconds):
-    assert messages.timeout(value) == seconds
+def test_timeout():
+    values = ["0", " 2.5 ", 7200, "-1", -1.0]
+    assert [messages.timeout(value) for value in values] == [0, 2.5, 7200, math.inf, math.inf]
 
 
 @pytest.mark.parametrize(
     "value", ["soon", "", "-2", "nan", "inf", "1 h", "1e999", True, None, [1], {}, 10**400]
 )
 def test_bad_timeout(value):
-    with pytest.raises(ValueError, match="is not a time to wait") as caught:
+    told = re.escape(f"plugins.vtjoblock.timeout = {value!r} is not a time to wait")
+    with pytest.raises(ValueError, match=told) as caught:
         messages.timeout(value)
-    assert f"plugins.vtjoblock.timeout = {value!r}" in str(caught.value)
     assert "-1 to wait for as long as it takes" in str(caught.value)
 
 
@@ -44,9 +41,9 @@ def test_directory(tmp_path, monkeypatch):
     "value", ["", "locks", "~nobody-of-this-name/x", "$HOME/x", None, 7, "/\0", ["/tmp"], b"/tmp"]
 )
 def test_bad_directory(value):
-    with pytest.raises(ValueError, match="is not an absolute path") as caught:
+    told = re.escape(f"is not an absolute path: plugins.vtjoblock.dir = {value!r}")
+    with pytest.raises(ValueError, match=told):
         messages.directory(value)
-    assert f"plugins.vtjoblock.dir = {value!r}" in str(caught.value)
 
 
 def refusal(error):
@@ -79,16 +76,11 @@ def test_advice_to_kill(processes, reason, kills):
     state = State.OUTER if any(this.is_around for this in processes) else State.LIVE
     text = in_the_way(state, processes=processes, reason=reason)
     assert re.findall(r"^    kill (.*)$", text, re.MULTILINE) == ([kills] if kills else [])
-    assert ("If these processes still run" in text) == bool(kills)
+    told = f"If these processes still run after one minute, {NOBODY} or root must end them"
+    assert (told in text) == bool(kills)
     assert "no solution" in text
     assert ("env -u AVOCADO_VT_JOBLOCK" in text) == bool(kills or state is State.OUTER)
     assert ("\nThis job was started by 5, which" in text) == (state is State.OUTER)
-
-
-@pytest.mark.parametrize(("uid", "who"), [(NOBODY, f"{NOBODY} or root"), (0, "root")])
-def test_who_must_end_what_is_left(uid, who):
-    text = in_the_way(State.LIVE, processes=[process(4, uid=uid)])
-    assert f"one minute, {who} must end them" in text
 
 
 def test_command_lines_are_tamed():
@@ -121,6 +113,8 @@ def test_what_to_do():
     outer = in_the_way(State.OUTER)
     assert "this is the job that you are in" in outer
     assert "timeout" not in outer
+    of_root = in_the_way(State.LIVE, processes=[process(4, uid=0)])
+    assert "one minute, root must end them" in of_root
     later = in_the_way(State.NOT_NOW, reason=Reason.HANGING, detail="77")
     assert "process 77 does not answer" in later
     assert "Start this job again" in later
@@ -162,7 +156,7 @@ def test_what_else_stops_a_job():
     assert "Linux 3.15" in text
     assert "plugins.vtjoblock.dir" not in text
     assert "RuntimeError: odd. Details are in /results/job.log." in refusal(RuntimeError("odd"))
-    assert "interrupted before its tests" in refusal(KeyboardInterrupt())
+    assert "it was interrupted before its tests" in refusal(KeyboardInterrupt())
 
 
 def test_times_of_any_size_and_users_without_a_name():

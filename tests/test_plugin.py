@@ -12,12 +12,10 @@ from xml.etree import ElementTree
 import pytest
 from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
 from sandbox import (
-    AVOCADO,
     FAILURE,
     HERE,
     assert_refused,
     assert_runs,
-    exec_recipe,
     finish,
     start,
     start_waiting,
@@ -29,9 +27,13 @@ HELD = "another job holds the lock"
 pytestmark = needs_avocado_vt
 
 
-def results(sandbox):
-    """The results of the newest job."""
-    return sandbox.home / "avocado/job-results/latest"
+def exec_recipe(sandbox, until):
+    """Make a test of another kind that ends when a file appears."""
+    path = sandbox.root / "other.json"
+    script = f"touch {sandbox.root}/other.begun; until test -e {until}; do sleep 0.02; done"
+    recipe = {"kind": "exec-test", "uri": "/bin/sh", "args": ["-c", script], "kwargs": {}}
+    path.write_text(json.dumps(recipe))
+    return path
 
 
 def test_plugins_and_settings_beside_those_of_avocado_vt(sandbox):
@@ -56,11 +58,10 @@ def test_lock_file_of_a_vt_test_in_the_second_suite(sandbox):
     sandbox.lock_dir.mkdir()
     until = sandbox.root / "other.until"
     test = sandbox.vt_test("second")
-    config = {"plugins.vtjoblock.dir": "~/locks"}
-    job = sandbox.job_api(config, exec_recipe(sandbox, until), test)
+    job = sandbox.job_api({"plugins.vtjoblock.dir": "~/locks"}, exec_recipe(sandbox, until), test)
     wait_for((sandbox.root / "other.begun").exists, job)
     (lock,) = sandbox.locks()
-    job_id = (results(sandbox) / "id").read_text().strip()
+    job_id = (sandbox.latest / "id").read_text().strip()
     assert lock.name.startswith(f"avocado-vt-joblock-{job_id}-{os.getuid()}-")
     assert int(lock.read_text()) == job.pid
     until.touch()
@@ -92,45 +93,38 @@ def test_refused_job(sandbox, holder):
     """What it prints, however many tests it has, and what its results show."""
     job, _ = holder
     (lock,) = sandbox.locks()
-    job_id = (results(sandbox) / "id").read_text().strip()
+    job_id = (sandbox.latest / "id").read_text().strip()
     other = sandbox.vt_test("other")
     text = assert_refused(sandbox.run(*[other] * 100), other)
     assert len(text.splitlines()) < 50
-    date = ["date", "-r", lock, "+%Y-%m-%d %H:%M:%S"]
-    facts = {
-        "file": lock,
-        "PID": job.pid,
-        "user": subprocess.check_output(["id", "-un"], text=True).strip(),
-        "job id": job_id,
-        "since": subprocess.check_output(date, text=True, env=sandbox.environment).strip(),
-    }
+    _, user = finish(sandbox.popen("id", "-un"))
+    _, since = finish(sandbox.popen("date", "-r", lock, "+%Y-%m-%d %H:%M:%S"))
+    facts = {"file": lock, "PID": job.pid, "job id": job_id, "user": user, "since": since}
     for fact, value in facts.items():
-        assert re.search(rf"^    {fact}: +{value}$", text, re.MULTILINE), text
+        assert re.search(rf"^    {fact}: +{str(value).strip()}$", text, re.MULTILINE), text
     assert sandbox.locks() == [lock]
-    log = (results(sandbox) / "job.log").read_text()
-    assert FAILURE in log
-    assert "Traceback" in log
-    suite = ElementTree.parse(results(sandbox) / "results.xml").getroot()
-    assert suite.get("errors") == "1"
-    ((case, error),) = [(case, case.find("error")) for case in suite.iter("testcase")]
-    assert case.get("name") == "vt-joblock"
+    log = (sandbox.latest / "job.log").read_text()
+    assert "Traceback" in log[log.index(FAILURE) :]
+    suite = ElementTree.parse(sandbox.latest / "results.xml").getroot()
+    (case,) = suite.iter("testcase")
+    error = case.find("error")
+    assert (suite.get("errors"), case.get("name")) == ("1", "vt-joblock")
     assert error.get("message") == f"{FAILURE}{HELD}."
     assert str(lock) in error.text
-    report = json.loads((results(sandbox) / "results.json").read_text())
+    report = json.loads((sandbox.latest / "results.json").read_text())
     (shown,) = report["tests"]
-    assert report["errors"] == 1
-    assert (shown["name"], shown["status"]) == ("vt-joblock", "ERROR")
+    assert (report["errors"], shown["name"], shown["status"]) == (1, "vt-joblock", "ERROR")
     assert shown["fail_reason"] == f"{FAILURE}{HELD}."
-    if AVOCADO >= 105:  # The plugin for HTML is installed beside the newest.
-        assert HELD in (results(sandbox) / "results.html").read_text()
     assert re.search(r" (1|100) \(0/0/1/0\)$", sandbox.output("jobs", "list"), re.MULTILINE)
     assert re.search(r"vt-joblock .*ERROR", sandbox.output("jobs", "show"))
 
 
-@pytest.mark.skipif(AVOCADO < 105, reason=f"Avocado {AVOCADO} has no other way than to exit")
+@needs_recipes  # An older Avocado has no other way than to exit.
 def test_job_api_returns_when_refused(sandbox, held_lock):
     other = sandbox.vt_test("other")
     assert assert_refused(sandbox.job_api({}, other), other).endswith("returned 2\n")
+    # The plugin for HTML is installed beside the newest.
+    assert HELD in (sandbox.latest / "results.html").read_text()
 
 
 RECORDER = """
@@ -159,7 +153,7 @@ ALL = ["script", "pre", "pre_tests", "post_tests", "script", "post"]
 
 @pytest.fixture
 def recorded(sandbox):
-    """Record what other plugins do; the function returns that: lines of job, what, locks."""
+    """What other plugins do, as a function: lines of job, what, locks."""
     record = sandbox.root / "recorded"
     source = RECORDER.format(record=record)
     sandbox.plugin("recorder", source, result_events="Events", job__prepost="Job")
@@ -243,7 +237,6 @@ def test_job_inside_of_a_job_is_refused_at_once(sandbox):
 @pytest.mark.parametrize(
     ("option", "value", "complaint", "where"),
     [
-        ("dir", "/nonexistent", "does not exist", "~"),
         ("dir", "/proc", "cannot be written: No such file or directory", "~"),
         ("timeout", "soon", "is not a time to wait", "~"),
         # Avocado reads another file in an activated environment: the one that the message names.

@@ -38,7 +38,7 @@ def test_waits_until_the_holder_has_ended(sandbox, holder):
     assert finish(job)[0] == 0
     assert re.search(r"^Obtained the lock after 0:\d\d:\d\d\.$", printed.read_text(), re.MULTILINE)
     assert_in_turns(holding, test)
-    log = (sandbox.home / "avocado/job-results/latest/job.log").read_text()
+    log = (sandbox.latest / "job.log").read_text()
     assert "Waiting" in log
     assert "Obtained" in log
 

@@ -11,10 +11,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from sandbox import Sandbox, finish, running_tests, wait_for
+from sandbox import Sandbox, finish, processes, running_tests, wait_for
 
 HERE = Path(__file__).resolve().parent
-BOOTSTRAP = "vt-bootstrap --vt-type qemu --yes-to-all --vt-no-downloads"
 # A guest that runs everywhere.
 CONFIG = """
 [plugins.vtjoblock]
@@ -47,7 +46,7 @@ VARIABLE = "VT_JOBLOCK_TEST"
 class GuestHome(Sandbox):
     """A user's home with a guest image, and real QEMU to boot it.
 
-    :param root: an empty directory; a short path, since sockets lie below it
+    Its path is short, since sockets lie below it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -58,7 +57,8 @@ class GuestHome(Sandbox):
         shutil.copytree(HERE / "provider", root / "provider", dirs_exist_ok=True)
         (root / "tmp").mkdir()
         data = self.home / "avocado/data/avocado-vt"
-        self.output(*BOOTSTRAP.split(), "--vt-skip-verify-download-assets")
+        bootstrap = "vt-bootstrap --vt-type qemu --yes-to-all --vt-no-downloads"
+        self.output(*bootstrap.split(), "--vt-skip-verify-download-assets")
         # These are downloaded as soon as they are looked into.
         for provider in (data / "virttest/test-providers.d").glob("io-github-*.ini"):
             provider.unlink()
@@ -68,12 +68,7 @@ class GuestHome(Sandbox):
 
 
 class GuestJob:
-    """A job whose test holds a guest until it is told to end, and others that want its lock.
-
-    :param home: where it runs
-    :param config: more of Avocado's configuration
-    :param parameters: of the test
-    """
+    """A job whose test holds a guest until it is told to end, and others that want its lock."""
 
     def __init__(self, home: GuestHome, config: str = "", **parameters: str) -> None:
         home.configure(CONFIG.format(home=home) + config)
@@ -94,26 +89,18 @@ class GuestJob:
         assert home.image.read_bytes() != home.image_before
 
     def living(self) -> dict[int, str]:
-        """The processes of this job that have not ended: their kinds by their PIDs.
-
-        Where it is none of the ``KINDS`` it is the command line.
-        """
+        """Of the processes of this job the kinds, or else the command lines, by their PIDs."""
         mark = f"{VARIABLE}={self.home.root}".encode()
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    command = os.fsdecode((entry / "cmdline").read_bytes()).replace("\0", " ")
-                    kind = next((kind for kind in KINDS if kind in command), command)
-                    found[int(entry.name)] = kind
-        return found
+        ours = processes(lambda entry: mark in (entry / "environ").read_bytes().split(b"\0"))
+        lines = {pid: os.fsdecode(line).replace("\0", " ") for pid, line in ours.items()}
+        return {
+            pid: next((kind for kind in KINDS if kind in line), line) for pid, line in lines.items()
+        }
 
     def running(self, *kinds: str) -> set[int]:
-        """The processes of this job that are of some kinds."""
         return {pid for pid, kind in self.living().items() if kind in kinds}
 
     def signal(self, signum: int, *kinds: str) -> None:
-        """Send a signal to them."""
         for pid in self.running(*kinds):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)

@@ -3,22 +3,35 @@
 Without ``-m ""`` only the endings that happen most are run; all of them take a quarter of an hour.
 """
 
+import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from endings import ENDINGS, Ending, nothing
-from home import GUEST, SNIFFER, TEST, GuestJob, advice
-from sandbox import finish, wait_for
+from home import GUEST, PACKAGES, PATH, SNIFFER, TEST, TOOLS, GuestHome, GuestJob, advice
+from sandbox import AVOCADO, AVOCADO_READS_RECIPES, finish, wait_for
 
 OWN_END = Ending("own end", nothing)
 BY_NAME = {ending.name: ending for ending in [OWN_END, *ENDINGS]}
 MOST = {"own end", "SIGINT to Avocado alone", "SIGKILL to Avocado alone", "job timeout"}
 KEEP_GUESTS = "[vt.setup]\nkeep_guest_running = True\n"
-#: A clean-up that takes longer than anybody waits for it, in seconds.
-SLOW = "20"
-#: Long enough for a guest to start, in seconds.
-TIMEOUT = 30
+TIMEOUT = 30  # seconds, in which a guest starts
+
+
+@pytest.fixture
+def home():
+    """A home for real guests; a new one is bootstrapped in two seconds."""
+    if not AVOCADO_READS_RECIPES:
+        pytest.skip(f"Avocado {AVOCADO} reads no recipes")
+    if missing := [tool for tool in TOOLS.split() if not shutil.which(tool, path=PATH)]:
+        pytest.skip(f"guests need {', '.join(missing)}; on Debian: apt-get install {PACKAGES}")
+    with tempfile.TemporaryDirectory(prefix="vt-joblock-test-") as directory:
+        new = GuestHome(Path(directory) / "home")
+        yield new
+        new.close()
 
 
 def check(home, ending, guest_stays=False, **parameters):
@@ -48,7 +61,6 @@ def check(home, ending, guest_stays=False, **parameters):
 
 
 def end(job, ending):
-    """End a job."""
     ending.act(job.avocado)
     if ending is OWN_END:
         job.test.end()
@@ -79,7 +91,7 @@ def test_no_job_runs_beside_what_is_left_of_another(home, ending):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["own end", "Ctrl-C", "Ctrl-C three times", "job timeout"])
 def test_no_job_runs_beside_a_slow_clean_up(home, name):
-    check(home, BY_NAME[name], clean_up_takes=SLOW)
+    check(home, BY_NAME[name], clean_up_takes="20")  # Nobody waits for so long.
 
 
 @pytest.mark.slow
@@ -102,9 +114,7 @@ def test_sniffer_that_is_left_under_nohup_stops_nobody(home, name, guest_stays):
 @pytest.mark.parametrize(
     "parameters",
     [
-        {"kill_vm": "no", "outcome": "fail"},
-        {"kill_vm": "no", "outcome": "error"},
-        {"kill_vm": "no", "outcome": "cancel"},
+        *({"kill_vm": "no", "outcome": outcome} for outcome in ("fail", "error", "cancel")),
         # avocado-vt tells of a clean-up that failed only where the test itself has passed.
         {"clean_up_fails": "yes", "outcome": "pass"},
         {"clean_up_fails": "yes", "outcome": "fail"},
