@@ -26,16 +26,12 @@ def descriptors():
 
 @pytest.fixture
 def each_call(directory, new_lock, situation):
-    """Take part in a situation once for each of its system calls, which is done in another way.
-
-    Afterwards nobody is stopped but by the live lock, if there is one, and no descriptor is lost.
-    """
+    """Take part once for each system call, which is done otherwise; then see that nothing stays."""
     live = new_lock()
     if situation == "refused":
         live.acquire()
 
     def begin():
-        # One is judged by its processes, one by its PID.
         for number, maker in enumerate(CONTENT if situation == "stale" else []):
             leave_lock(directory, number, maker)
         made = new_lock()
@@ -93,10 +89,7 @@ def test_death(each_call, after):
 @situations
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
 def test_error(directory, situation, each_call, code):
-    """What was to be done is, or the error is told and nothing is left but what cannot be removed.
-
-    The guard may be missing, a stale lock may stay, and a PID may be that of a process here.
-    """
+    """It is done, maybe without the guard, or the error is told; only what is stale may stay."""
 
     def fail(name, call):
         if name == "close":
@@ -113,7 +106,6 @@ def test_error(directory, situation, each_call, code):
             assert name in {"flock", "unlink", "readlink", "kill"}
             assert attempt(directory).path == made.path
         elif told.state == "ERROR":
-            # Some sandboxes know no such locks.
             assert (told.errno, told.filename == lock.KERNEL_LOCK) == (code, name == "fcntl")
         elif told.state == "UNKNOWN":
             assert told.detail == os.strerror(code)
@@ -128,8 +120,6 @@ def test_error(directory, situation, each_call, code):
 @situations
 @afters
 def test_interruption(each_call, after):
-    """Who gives the lock up then, as the plugin does, has none, and stops nobody."""
-
     def interrupt(name, call):
         is_main = threading.current_thread() is threading.main_thread()
         result = call() if after or not is_main else None
@@ -143,12 +133,11 @@ def test_interruption(each_call, after):
         with interruption, contextlib.suppress(KeyboardInterrupt):
             what()
         made.release()
-        assert not os.path.lexists(made.path), name
-        assert not made.held, name
+        assert (os.path.lexists(made.path), made.held) == (False, False), name
         assert os.path.basename(made.path) not in processes.marks(), name
 
 
-def test_short_write(directory, new_lock):
+def test_short_write(directory):
     with intercepted(lambda name, call: 1 if name == "write" else call()):
-        assert contend(new_lock()).errno == errno.ENOSPC
+        assert attempt(directory).errno == errno.ENOSPC
     assert names(directory) == []

@@ -26,7 +26,6 @@ ALIVE = ("alive", "stopped", "odd")
 
 
 def judged(directory, path):
-    """What becomes of a lock: its state, and the reason; it is removed if it is stale."""
     before = path.lstat()
     told = attempt(directory)
     if told.state == "WON":
@@ -46,7 +45,6 @@ def judged(directory, path):
         *[(ITS + end, "alive", 0, "LIVE") for end in (b"\n", b" \n", b"\n\n\n")],
         # That PID was given to another process later.
         *[(ITS, kind, AN_HOUR, "STALE") for kind in ALIVE],
-        # The clocks of two hosts, or of a file system and a process, differ a little.
         *[(ITS, "alive", age, "LIVE") for age in (processes.CLOCK_SLACK / 2, -AN_HOUR)],
     ],
 )
@@ -60,10 +58,8 @@ def test_pid(directory, start, content, kind, age, state):
     assert judged(directory, path) == (state, None)
 
 
-NO_PID = [
-    *[b"", b"\0" * 10, b"secret", b"-1", b"0", b"1" * 30, b"%d" % 2**31, b"+1", b"1_0", b"12 13"],
-    *["٣".encode(), b"\xff\xfe", b"123\n" + b" " * 100 + b"4"],
-]
+NO_PID = [b"", b"\0" * 10, b"secret", b"-1", b"0", b"1" * 30, b"%d" % 2**31, b"+1", b"1_0"]
+NO_PID += [b"12 13", "٣".encode(), b"\xff\xfe", b"123\n" + b" " * 100 + b"4"]
 NO_REGULAR_FILE = {
     "fifo": os.mkfifo,
     "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
@@ -77,12 +73,10 @@ NO_REGULAR_FILE = {
 
 @pytest.mark.parametrize("kind", [*NO_PID, *NO_REGULAR_FILE])
 def test_what_no_job_has_written(directory, kind):
-    """It stops the job, and nothing of it is followed, removed or changed."""
     path = lock_path(directory, 7)
     if kind == "device" and os.getuid() != 0:
         pytest.skip("only root can make one")
     NO_REGULAR_FILE.get(kind, lambda path: path.write_bytes(kind))(path)
-    # As a power cut leaves it.
     os.utime(path, (0, 0), follow_symlinks=False)
     reason = "NO_REGULAR_FILE" if kind in NO_REGULAR_FILE else "NO_PID"
     assert judged(directory, path) == ("UNKNOWN", reason)
@@ -94,8 +88,7 @@ def test_names_that_only_resemble_a_lock(directory):
     others += [name.replace("0-", "-", 1), name.replace("-00000007", "-٠٠٠٠٠٠٠٧"), f"{name}\udcff"]
     for other in others:
         (directory / other).write_bytes(b"%d" % os.getpid())
-    assert attempt(directory).state == "WON"
-    assert names(directory) == sorted(others)
+    assert (attempt(directory).state, names(directory)) == ("WON", sorted(others))
 
 
 def test_which_is_told_of_several(directory, monkeypatch):
@@ -106,14 +99,12 @@ def test_which_is_told_of_several(directory, monkeypatch):
         path = leave_lock(directory, number, content, age=0)
         told = attempt(directory)
         assert (told.state, told.path, len(names(directory))) == (state, str(path), number + 1)
-    # Stale ones go in any case.
     monkeypatch.undo()
     attempt(directory)
     assert len(names(directory)) == 2
 
 
 def test_many(directory):
-    """Neither many stale locks nor many other files take long."""
     for number in range(20_000):
         os.close(os.open(directory / f"unrelated-{number}", os.O_CREAT))
     paths = [leave_lock(directory, number, [*CONTENT][number % 2]) for number in range(1000)]
@@ -123,20 +114,18 @@ def test_many(directory):
     assert len(names(directory)) == 20_000
 
 
-@pytest.mark.parametrize(
-    ("mode", "take", "how", "state"),
-    [
-        ("r", fcntl.flock, [fcntl.LOCK_EX], "STALE"),
-        ("r", fcntl.lockf, [fcntl.LOCK_SH], "STALE"),
-        ("r", fcntl.fcntl, [lockfile.SETLK, lockfile.struct_flock(fcntl.F_RDLCK)], "STALE"),
-        ("r+", fcntl.fcntl, [lockfile.SETLK, lockfile.struct_flock(fcntl.F_WRLCK)], "LIVE"),
-    ],
-)
-def test_only_its_owner_can_make_a_stale_lock_look_live(directory, mode, take, how, state):
-    path = leave_lock(directory)
-    with path.open(mode) as stranger:
-        take(stranger, *how)
-        assert judged(directory, path) == (state, None)
+def test_only_its_owner_can_make_a_stale_lock_look_live(directory):
+    kernel_locks = [lockfile.struct_flock(kind) for kind in (fcntl.F_RDLCK, fcntl.F_WRLCK)]
+    for mode, state, take, *how in (
+        ("r", "STALE", fcntl.flock, fcntl.LOCK_EX),
+        ("r", "STALE", fcntl.lockf, fcntl.LOCK_SH),
+        ("r", "STALE", fcntl.fcntl, lockfile.SETLK, kernel_locks[0]),
+        ("r+", "LIVE", fcntl.fcntl, lockfile.SETLK, kernel_locks[1]),
+    ):
+        path = leave_lock(directory)
+        with path.open(mode) as stranger:
+            take(stranger, *how)
+            assert judged(directory, path) == (state, None)
 
 
 def test_leases_make_nobody_wait(directory, start):
@@ -153,14 +142,12 @@ def test_leases_make_nobody_wait(directory, start):
     assert len(names(directory)) == 10
 
 
-@pytest.mark.parametrize(
-    ("code", "times", "state", "stays"),
-    [
-        (errno.EWOULDBLOCK, 3, "WON", False),  # an NFS server takes a delegation back
-        (errno.ESTALE, 1, "WON", True),  # another client of NFS has removed the file
-        (errno.ELOOP, 1, "UNKNOWN", True),  # it has turned into a link
-    ],
-)
+# An NFS server takes a delegation back, its other client has removed the file, or it is a link now.
+OPENS = [(errno.EWOULDBLOCK, 3, "WON", False), (errno.ESTALE, 1, "WON", True)]
+OPENS += [(errno.ELOOP, 1, "UNKNOWN", True)]
+
+
+@pytest.mark.parametrize(("code", "times", "state", "stays"), OPENS)
 def test_open_fails(directory, code, times, state, stays):
     path = leave_lock(directory)
     errors = [OSError(code, os.strerror(code))] * times
@@ -199,7 +186,6 @@ def test_stale_lock_of_another_user(directory):
 
 
 def told_to(directory, *prefix, proc=None):
-    """The state and the reason that a process of this kind, maybe with another /proc, is told."""
     if proc:
         mount = f'mount -t {proc} /proc && exec "$@"'
         prefix = ["unshare", "--mount", "sh", "-c", mount, "-", *prefix]
@@ -234,13 +220,17 @@ INSIDE = needs.PID_NAMESPACE
 # Where /proc still shows the PID namespace outside.
 NO_PROC = [word for word in INSIDE if word != "--mount-proc"]
 PAIRS = [(INSIDE, []), ([], INSIDE), (NO_PROC, []), ([], NO_PROC)]
+# There its PID is 1, which here is another process: the contender, or a shell.
+PAIRS += [(INSIDE, [*INSIDE, *init]) for init in ([], ["sh", "-c", '"$@"; :', "-"])]
 
 
 @needs.needs_pid_namespaces
 @pytest.mark.parametrize(("holder", "heir"), PAIRS)
 def test_holder_in_another_pid_namespace(directory, holder, heir):
     with process(directory, *holder) as first:
-        assert told_to(directory, *heir) == ("LIVE", None)
+        with process(directory, *heir) as second:
+            assert second.told.state == "LIVE"
+            assert not (heir and second.told.pid_is_here)
         first.kill()
         first.stdout.read()
     # Its PID is somebody else's, which is an older process; inside that of the heir.
@@ -251,8 +241,8 @@ def test_holder_in_another_pid_namespace(directory, holder, heir):
 
 
 @needs.needs_pid_namespaces
-@pytest.mark.parametrize(("namespace", "state"), [(INSIDE, "WON"), (NO_PROC, "LIVE")])
-def test_proc_of_another_namespace_is_not_asked(directory, namespace, state):
+def test_proc_of_another_namespace_is_not_asked(directory):
     """By their start neither the process 1 inside nor the one outside could be the holder."""
     leave_lock(directory, content="avocado-vt", pid=1, age=10 * YEARS)
-    assert told_to(directory, *namespace) == (state, None)
+    assert told_to(directory, *NO_PROC) == ("LIVE", None)
+    assert told_to(directory, *INSIDE) == ("WON", None)

@@ -18,7 +18,6 @@ def take_part(directory, number):
     contender = lock.JobLock(str(directory), job_id(100 + number))
     take_part.barrier.wait(HANG)
     told = contend(contender)
-    # As a waiting job does.
     while told.state == "NOT_NOW":
         told = contend(contender)
     take_part.barrier.wait(HANG)
@@ -71,12 +70,10 @@ def test_never_two_without_the_guard(directory, monkeypatch, rounds):
             winners.add(race())
             assert max(winners) <= 1, f"round {number}"
             assert set(names(directory)) <= {stale.name}
-    # Else there was no race.
     assert winners == {0, 1}
 
 
 def test_stranger_who_keeps_the_guard(directory, new_lock):
-    """It makes nobody wait for long, nor keeps anybody out."""
     stranger = os.open(directory, os.O_RDONLY)
     fcntl.flock(stranger, fcntl.LOCK_EX)
     assert contend(new_lock()).state == "WON"
