@@ -3,8 +3,6 @@
 A job is the process of Avocado, which leads its session and process group.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -14,33 +12,31 @@ from dataclasses import dataclass
 
 from sandbox import Popen, running_tests, wait_for
 
-Act = Callable[[Popen], object]
-
 
 @dataclass(frozen=True)
 class Ending:
     """A way in which a job ends while it runs its only test."""
 
     name: str
-    act: Act  # brings it about
+    act: Callable[[Popen], object]  # brings it about
     config: str = ""  # of Avocado, for it; {} is a number of seconds, enough for the test to start
     cleans_up: bool = True  # whether the test cleans up; else it is killed, maybe before that
     guest_stays: bool = False  # whether a real guest goes on for ever
     may_hang: bool = False  # whether a test of avocado-vt may, with its guest
 
 
-def nothing(job: Popen) -> None:
+def nothing(job):
     """Wait for a timeout."""
 
 
-def to_avocado(signum: int) -> Act:
+def to_avocado(signum):
     return lambda job: job.send_signal(signum)
 
 
-def to_all(signum: int, times: int = 1) -> Act:
+def to_all(signum, times=1):
     """Send a signal to the process group, as a terminal does."""
 
-    def act(job: Popen) -> None:
+    def act(job):
         for _ in range(times):
             os.killpg(job.pid, signum)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -49,10 +45,10 @@ def to_all(signum: int, times: int = 1) -> Act:
     return act
 
 
-def kill_of(which: int, then: int = signal.SIGTERM) -> Act:
+def kill_of(which, then=signal.SIGTERM):
     """Kill the runner (0) or its child, which runs the test (1); signal Avocado, which hangs."""
 
-    def act(job: Popen) -> None:
+    def act(job):
         pid = sorted(running_tests(job))[which]
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: pid not in running_tests(job))
@@ -61,7 +57,7 @@ def kill_of(which: int, then: int = signal.SIGTERM) -> Act:
     return act
 
 
-def kill_of_avocado_and_tests(job: Popen) -> None:
+def kill_of_avocado_and_tests(job):
     """Kill all but the guest and what avocado-vt has started for it."""
     for pid in [job.pid, *running_tests(job)]:
         os.kill(pid, signal.SIGKILL)

@@ -95,9 +95,7 @@ class Sandbox:
 
     def output(self, *arguments: str | Path) -> str:
         """Run Avocado, and return what it prints when it succeeds."""
-        code, text = finish(self.avocado(*arguments))
-        assert code == 0, text
-        return text
+        return ended(self.avocado(*arguments))
 
     def vt_test(self, name: str, **parameters: str) -> VTTest:
         return VTTest(self, name, **parameters)
@@ -143,10 +141,8 @@ class Sandbox:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         for process in self.processes:
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream:
-                    stream.close()
+            with process:
+                pass  # This closes its streams, and waits for it.
 
 
 class VTTest:
@@ -168,8 +164,9 @@ class VTTest:
     def __str__(self) -> str:
         return str(self.recipe)
 
-    def end(self) -> None:
+    def end(self) -> VTTest:
         self.until.touch()
+        return self
 
     @property
     def guest(self) -> int:
@@ -220,6 +217,13 @@ def finish(process: Popen) -> tuple[int, str]:
     return process.returncode, text
 
 
+def ended(process: Popen, expected: int = 0) -> str:
+    """Assert that a process ends with an exit code, and return what it printed."""
+    code, text = finish(process)
+    assert code == expected, text
+    return text
+
+
 def wait_for(what: Callable[[], object], process: Popen | None = None) -> None:
     """Wait until something is so; fail when the process that is to bring it about ends before."""
     deadline = time.monotonic() + HANG
@@ -251,8 +255,7 @@ def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> Popen:
 
 def start_waiting(sandbox: Sandbox, name: str) -> tuple[Popen, VTTest, Path]:
     """Start a job that finds another one at work; return it, its test and what it prints."""
-    test = sandbox.vt_test(name)
-    test.end()
+    test = sandbox.vt_test(name).end()
     printed = sandbox.root / f"{name}.printed"
     with printed.open("w") as file:
         job = sandbox.run(test, stdout=file)
@@ -262,10 +265,8 @@ def start_waiting(sandbox: Sandbox, name: str) -> tuple[Popen, VTTest, Path]:
 
 def assert_runs(sandbox: Sandbox, name: str) -> str:
     """Assert that a job gets the lock, runs its test and removes the lock; return its output."""
-    test = sandbox.vt_test(name)
-    test.end()
-    code, text = finish(sandbox.run(test))
-    assert code == 0, text
+    test = sandbox.vt_test(name).end()
+    text = ended(sandbox.run(test))
     assert [what for what, _ in test.notes()] == ["begin", "end"]
     assert list(sandbox.lock_dir.iterdir()) == []
     return text
@@ -273,8 +274,7 @@ def assert_runs(sandbox: Sandbox, name: str) -> str:
 
 def assert_refused(job: Popen, test: VTTest) -> str:
     """Assert that a job ends with the exit code of a failed job before its test runs."""
-    code, text = finish(job)
-    assert code == 2, text
+    text = ended(job, 2)
     assert not test.has_begun
     assert text.count(FAILURE) == 1
     assert "Traceback" not in text

@@ -11,7 +11,7 @@ import signal
 import pytest
 from endings import ENDINGS
 from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
-from sandbox import AVOCADO_READS_RECIPES, assert_refused, assert_runs, finish, start, wait_for
+from sandbox import AVOCADO, assert_refused, assert_runs, ended, finish, start, wait_for
 
 from avocado_vt_joblock.lock import JobLock, LockInTheWayError
 
@@ -46,7 +46,7 @@ QUICK = [this for this in ENDINGS if not this.config or this.name == "job timeou
 
 @pytest.mark.parametrize("ending", QUICK, ids=lambda ending: ending.name)
 def test_nobody_else_runs_until_all_of_a_job_has_ended(impatient, ending):
-    if not AVOCADO_READS_RECIPES and re.search("SIGTERM|timeout", ending.name):
+    if AVOCADO < 105 and re.search("SIGTERM|timeout", ending.name):
         pytest.skip("only avocado run turns SIGTERM into an exit; a caller of the Job API may")
     test = impatient.vt_test("test", starts=SLEEP)
     impatient.add_to_config(ending.config.format(8))
@@ -119,10 +119,8 @@ def test_next_jobs_after_one_that_was_killed(sandbox):
 )
 def test_guest_that_is_left(impatient, outcome, starts, config, counts):
     impatient.add_to_config(config)
-    test = impatient.vt_test("test", outcome=outcome, starts=starts)
-    test.end()
-    code, text = finish(impatient.run(test))
-    assert code == (outcome in ("fail", "error")), text
+    test = impatient.vt_test("test", outcome=outcome, starts=starts).end()
+    text = ended(impatient.run(test), outcome in ("fail", "error"))
     assert test.has_begun
     assert bool(re.search(STILL_RUN, text)) == counts
     assert len(impatient.locks()) == counts
@@ -150,8 +148,7 @@ def test_grace_at_the_end(sandbox, then, starts):
         test.end()
     else:
         job.send_signal(signal.SIGINT)
-    code, text = finish(job)
-    assert code == 8, text
+    text = ended(job, 8)
     assert bool(re.search(STILL_RUN, text)) == (then == "Ctrl-C")
     assert f"  {SLEEP}" not in text
     assert len(sandbox.locks()) == (then == "Ctrl-C")
@@ -167,8 +164,7 @@ def test_lock_file_is_removed_while_the_job_runs(impatient):
     (lock,) = impatient.locks()
     lock.unlink()
     test.end()
-    code, text = finish(job)
-    assert code == 1, text
+    text = ended(job, 1)
     assert re.search(STILL_RUN, text)
     assert f"The lock file {lock} was removed or replaced while the job ran." in text
     assert "stays" not in text
@@ -178,10 +174,8 @@ def test_ctrl_c_while_it_looks_for_the_rest(sandbox):
     interrupt = "def interrupted(self, tests_only): raise KeyboardInterrupt\n"
     change = "from avocado_vt_joblock import lock\nlock.JobLock.left = interrupted\n"
     sandbox.first(interrupt + change)
-    test = sandbox.vt_test("test", outcome="error", starts=SLEEP)
-    test.end()
-    code, text = finish(sandbox.run(test))
-    assert code == 1, text
+    test = sandbox.vt_test("test", outcome="error", starts=SLEEP).end()
+    text = ended(sandbox.run(test), 1)
     assert "still runs: Ctrl-C ended the look." in text
     assert left(sandbox) == {test.guest}
 
@@ -190,8 +184,7 @@ def test_ctrl_c_while_it_looks_for_the_rest(sandbox):
 def test_standard_output_can_be_the_results(impatient):
     """What there is to tell goes to standard error and into the job's log."""
     impatient.lock_dir.chmod(0o777)
-    test = impatient.vt_test("test", outcome="error", starts=SLEEP)
-    test.end()
+    test = impatient.vt_test("test", outcome="error", starts=SLEEP).end()
     errors = impatient.root / "errors"
     with errors.open("w") as file:
         _, text = finish(impatient.run(test, options=["--json=-"], stderr=file))
@@ -219,7 +212,6 @@ def test_other_user_is_told_what_is_not_to_be_seen(sandboxes):
     test.end()
     wait_for(lambda: list(one.living()) == [test.guest])
     following.end()
-    code, text = finish(other.run(following))
-    assert code == 0, text
+    text = ended(other.run(following))
     # A limit that the manual tells.
     assert "unless guests still run that only the owner and root can see." in text

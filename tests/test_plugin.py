@@ -7,20 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
-from sandbox import (
-    FAILURE,
-    HERE,
-    assert_refused,
-    assert_runs,
-    finish,
-    start,
-    start_waiting,
-    wait_for,
-)
+from sandbox import FAILURE, assert_refused, assert_runs, ended, start, start_waiting, wait_for
 
 HELD = "another job holds the lock"
 
@@ -66,8 +58,7 @@ def test_lock_file_of_a_vt_test_in_the_second_suite(sandbox):
     assert int(lock.read_text()) == job.pid
     until.touch()
     test.end()
-    code, text = finish(job)
-    assert code == 0, text
+    ended(job)
     assert test.has_begun
     assert list(sandbox.lock_dir.iterdir()) == []
 
@@ -82,23 +73,21 @@ def test_jobs_that_run_no_vt_test_ignore_the_lock(sandbox, how):
         job = sandbox.job_api({}, exec_recipe(sandbox, until), test, disabled=1)
     else:
         job = sandbox.run(test, options=["--dry-run"])
-    code, text = finish(job)
-    assert code == 0, text
+    text = ended(job)
     assert FAILURE not in text
     assert (sandbox.root / "other.begun").exists() == (how == "disabled")
     assert not test.has_begun
 
 
 def test_refused_job(sandbox, holder):
-    """What it prints, however many tests it has, and what its results show."""
     job, _ = holder
     (lock,) = sandbox.locks()
     job_id = (sandbox.latest / "id").read_text().strip()
     other = sandbox.vt_test("other")
     text = assert_refused(sandbox.run(*[other] * 100), other)
     assert len(text.splitlines()) < 50
-    _, user = finish(sandbox.popen("id", "-un"))
-    _, since = finish(sandbox.popen("date", "-r", lock, "+%Y-%m-%d %H:%M:%S"))
+    user = ended(sandbox.popen("id", "-un"))
+    since = ended(sandbox.popen("date", "-r", lock, "+%Y-%m-%d %H:%M:%S"))
     facts = {"file": lock, "PID": job.pid, "job id": job_id, "user": user, "since": since}
     for fact, value in facts.items():
         assert re.search(rf"^    {fact}: +{str(value).strip()}$", text, re.MULTILINE), text
@@ -179,10 +168,10 @@ def test_job_without_the_lock_undoes_nothing(sandbox, recorded):
     for signum in (signal.SIGINT, signal.SIGTERM):
         waiting, test, printed = start_waiting(sandbox, signum.name)
         waiting.send_signal(signum)
-        assert finish(waiting)[0] != 0, printed.read_text()
+        assert waiting.wait(60) != 0, printed.read_text()
         assert not test.has_begun
     holding.end()
-    assert finish(job)[0] == 0
+    ended(job)
     assert lock not in sandbox.locks()
     assert [what for job_id, what, _ in recorded() if job_id == holder_id] == ALL
     # Others run the post() of other plugins, but neither their post_tests() nor a script.
@@ -207,28 +196,22 @@ job.Job = Again
 
 @needs_recipes
 def test_refused_job_may_run_again(sandbox, holder, recorded):
-    """Then it is a job like any other, to other plugins too."""
     _, holding = holder
     sandbox.first(AGAIN.format(until=str(holding.until)))
-    test = sandbox.vt_test("test")
-    test.end()
-    code, text = finish(sandbox.run(test))
-    assert code == 0, text
+    test = sandbox.vt_test("test").end()
+    text = ended(sandbox.run(test))
     assert "codes: 2 2\n" in text  # Avocado never takes a code back.
     assert test.has_begun
     assert [what for _, what, _ in recorded()] == ["post", *ALL]
 
 
 @needs_recipes
-def test_job_inside_of_a_job_is_refused_at_once(sandbox):
-    """Whatever the timeout."""
+def test_job_inside_of_a_job_is_refused_whatever_the_timeout(sandbox):
     inner = sandbox.vt_test("inner")
     run = f"{sys.executable} -m avocado --config {sandbox.root}/inner.conf run -- {inner.recipe}"
     (sandbox.root / "inner.conf").write_text("[plugins.vtjoblock]\ntimeout = -1\n")
-    outer = sandbox.vt_test("outer", runs=run)
-    outer.end()
-    code, text = finish(sandbox.run(outer))
-    assert code == 0, text
+    outer = sandbox.vt_test("outer", runs=run).end()
+    ended(sandbox.run(outer))
     assert "this is the job that you are in" in outer.printed.read_text()
     assert not inner.has_begun
     assert sandbox.locks() == []
@@ -315,8 +298,7 @@ builtins.__import__ = without
 def test_whatever_goes_wrong_stops_the_job(sandbox, held_lock, change, complaint):
     sandbox.first(change)
     test = sandbox.vt_test("test")
-    code, text = finish(sandbox.job_api({}, test))
-    assert code == (1 if change is STRICT_HANDLER else 2), text
+    text = ended(sandbox.job_api({}, test), 1 if change is STRICT_HANDLER else 2)
     assert complaint in text
     assert not test.has_begun
     assert list(map(str, sandbox.locks())) == [held_lock.path]
@@ -324,9 +306,7 @@ def test_whatever_goes_wrong_stops_the_job(sandbox, held_lock, change, complaint
 
 def test_log_handler_that_raises_keeps_no_lock(sandbox):
     sandbox.first(STRICT_HANDLER)
-    failed = sandbox.vt_test("failed", outcome="fail")
-    failed.end()
-    finish(sandbox.job_api({}, failed))
+    ended(sandbox.job_api({}, sandbox.vt_test("failed", outcome="fail").end()), 1)
     assert sandbox.locks() == []
 
 
@@ -344,8 +324,8 @@ def test_two_users(sandboxes):
     waiting, following, printed = start_waiting(other, "following")
     assert f"PID:    {job.pid}\n    user:   {SOME_USER}\n" in printed.read_text()
     test.end()
-    assert finish(job)[0] == 0
-    assert finish(waiting)[0] == 0, printed.read_text()
+    ended(job)
+    assert waiting.wait(60) == 0, printed.read_text()
     assert test.notes()[1][1] < following.notes()[0][1]
 
 
@@ -360,11 +340,9 @@ sys.stdin.read()
 """
 
 
-def test_lock_of_avocado_vt(sandbox):
-    """Each honours that of the other."""
+def test_lock_of_avocado_vt_and_this_one_honour_each_other(sandbox):
     job = start(sandbox, sandbox.vt_test("test"))
-    code, text = finish(sandbox.popen(sys.executable, "-c", AVOCADO_VT_LOCK))
-    assert code == 1
+    text = ended(sandbox.popen(sys.executable, "-c", AVOCADO_VT_LOCK), 1)
     assert f"acquired by PID {job.pid}" in text
     job.kill()
     job.wait()
@@ -399,11 +377,8 @@ def test_mended_plugin_of_avocado_vt(sandbox, disable):
     """It would meet this one's lock file. So it is off, unless a user's list replaces that."""
     sandbox.add_to_config(disable)
     sandbox.plugin("mending", MENDED_AVOCADO_VT, result_events="Mending")
-    test = sandbox.vt_test("test")
-    test.end()
-    job = sandbox.run(test)
-    code, text = finish(job)
-    assert code == (2 if disable else 0), text
+    job = sandbox.run(sandbox.vt_test("test").end())
+    text = ended(job, 2 if disable else 0)
     assert (f"acquired by PID {job.pid}" in text) == bool(disable)
     assert sandbox.locks() == []
 
@@ -419,7 +394,7 @@ def test_one_of_four_runs(sandbox, rounds):
         assert [test.has_begun for test in tests] == [job.poll() is None for job in jobs]
         for test in tests:
             test.end()
-        assert sorted(finish(job)[0] for job in jobs) == [0] + [2] * 3
+        assert sorted(job.wait(60) for job in jobs) == [0] + [2] * 3
         assert sandbox.locks() == []
 
 
@@ -447,10 +422,8 @@ def test_next_job_runs_after_an_end_at_any_moment(sandbox, rounds, signum):
 
 
 @pytest.mark.parametrize("case", ["pre alone", "pre beside a holder", "post PASS", "post FAIL"])
-def test_ctrl_c_at_every_line(sandbox, case):
-    """No lock is kept, and nobody's set-up is undone."""
-    job = sandbox.popen(sys.executable, HERE / "interruptions.py", sandbox.lock_dir, case)
-    code, text = finish(job)
-    assert code == 0, text
+def test_ctrl_c_at_every_line_keeps_no_lock_and_undoes_nothing(sandbox, case):
+    script = Path(__file__).with_name("interruptions.py")
+    text = ended(sandbox.popen(sys.executable, script, sandbox.lock_dir, case))
     (lines,) = re.findall(r"^(\d+) lines$", text, re.MULTILINE)
     assert int(lines) > 40

@@ -10,14 +10,6 @@ from sandbox import assert_refused, finish, running_tests, start, start_waiting,
 pytestmark = needs_avocado_vt
 
 
-def assert_in_turns(*tests):
-    """Assert that tests have run, none beside another."""
-    spans = sorted([when for _, when in test.notes()] for test in tests)
-    assert all(len(span) == 2 for span in spans)
-    for (_, end), (begin, _) in zip(spans, spans[1:]):
-        assert end < begin
-
-
 def test_waits_until_the_holder_has_ended(sandbox, holder):
     job_ahead, holding = holder
     (lock,) = sandbox.locks()
@@ -33,14 +25,15 @@ def test_waits_until_the_holder_has_ended(sandbox, holder):
     for fact in (f"file:   {lock}", f"PID:    {job_ahead.pid}", "user:   ", "job id: ", "since:  "):
         assert told.count(fact) == 1
     assert not test.has_begun
+    next_job, next_test, _ = start_waiting(sandbox, "next")
     holding.end()
-    assert finish(job_ahead)[0] == 0
-    assert finish(job)[0] == 0
+    for each in (job_ahead, job, next_job):
+        assert finish(each)[0] == 0
     assert re.search(r"^Obtained the lock after 0:\d\d:\d\d\.$", printed.read_text(), re.MULTILINE)
-    assert_in_turns(holding, test)
-    log = (sandbox.latest / "job.log").read_text()
-    assert "Waiting" in log
-    assert "Obtained" in log
+    spans = sorted([when for _, when in each.notes()] for each in (holding, test, next_test))
+    (_, end), (next_begin, next_end), (last_begin, _) = spans
+    assert end < next_begin < next_end < last_begin
+    assert re.search("Waiting.*Obtained", (sandbox.latest / "job.log").read_text(), re.DOTALL)
 
 
 def test_waits_for_what_is_left_of_a_killed_job(sandbox):
@@ -84,30 +77,19 @@ def test_nobody_can_judge_stops_the_waiting(sandbox, held_lock):
     assert not test.has_begun
 
 
-def test_each_has_its_turn(sandbox, held_lock):
-    sandbox.add_to_config("timeout = 100")
-    waiting = [start_waiting(sandbox, f"waiting{number}") for number in range(3)]
-    held_lock.release()
-    for job, _, printed in waiting:
-        assert finish(job)[0] == 0, printed.read_text()
-    assert_in_turns(*(test for _, test, _ in waiting))
-
-
 @needs_recipes
 def test_has_its_turn_among_jobs_that_do_not_wait(sandbox, held_lock):
     """Two users try again and again, without waiting."""
     stop = sandbox.root / "stop"
     loops = []
     for number in range(2):
-        impatient = sandbox.vt_test(f"impatient{number}")
-        impatient.end()
+        impatient = sandbox.vt_test(f"impatient{number}").end()
         job = f"{sandbox.python} -m avocado run --disable-sysinfo -- {impatient.recipe}"
         script = f"while ! test -e {stop}; do {job}; done"
         loops.append(sandbox.popen("sh", "-c", script, stdout=None))
     config = sandbox.root / "patient.conf"
     config.write_text("[plugins.vtjoblock]\ntimeout = -1\n")
-    patient = sandbox.vt_test("patient")
-    patient.end()
+    patient = sandbox.vt_test("patient").end()
     job = sandbox.avocado("--config", config, "run", "--disable-sysinfo", "--", patient.recipe)
     held_lock.release()
     assert finish(job)[0] == 0

@@ -106,13 +106,9 @@ class GuestJob:
                 os.kill(pid, signum)
 
     def another_runs(self) -> bool:
-        """Start another job; assert that it runs if nothing of this one does, and only then.
-
-        What lives is looked at all the while: a process may end at any time.
-        """
+        """Start another job; assert that it runs if nothing of this one does, and only then."""
         self.others += 1
-        test = self.home.vt_test(f"other{self.others}")
-        test.end()
+        test = self.home.vt_test(f"other{self.others}").end()
         looks = [self._look()]
         other = self.home.run(test)
         began = 0.0
