@@ -58,11 +58,11 @@ class VTJobLockSettings(Settings):
 
         :param paths: the config files that Avocado is going to read, in this order; changed here
         """
-        installed = _installed_file()
-        files = [installed] if ADMIN_FILE in paths else [installed, ADMIN_FILE]
-        name, real = os.path.basename(ADMIN_FILE), os.path.realpath(installed)
-        others = [p for p in paths if not p.endswith(name) or os.path.realpath(p) != real]
-        paths[:] = [file for file in files if os.path.isfile(file)] + others
+        files = [_installed_file()] if ADMIN_FILE in paths else [_installed_file(), ADMIN_FILE]
+        files = [file for file in files if os.path.isfile(file)]
+        named = filter(os.path.exists, (p for p in paths if p.endswith("/vt_joblock.conf")))
+        same = [path for path in named if any(os.path.samefile(path, file) for file in files)]
+        paths[:] = files + [path for path in paths if path not in same]
 
 
 def _installed_file() -> str:
