@@ -78,7 +78,7 @@ class Look:
     def __init__(self) -> None:
         self.processes: list[Process] = []  # those that may be of a job
         self.is_settled = False  # whether these are all, since none has ended unseen
-        self.hanging = ""  # the PID of the one that is looked at: it may not answer
+        self._pid = "1"  # the one that is looked at
         self.error = ""  # why none can be seen, in the words of the system
         self.sees_others = False  # whether processes of other users can be seen
         self.is_denied = False  # whether some environments cannot
@@ -90,6 +90,8 @@ class Look:
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         thread.join(LOOK_TIMEOUT)
+        # The PID of one that does not answer; it stays, since what comes later may be overlooked.
+        self.hanging = self._pid if thread.is_alive() else ""
 
     def _run(self) -> None:
         try:
@@ -105,7 +107,6 @@ class Look:
             deadline = time.monotonic() + SETTLE_TIMEOUT
             while not self.is_settled and time.monotonic() < deadline:
                 self.is_settled = self._look_at_all()
-            self.hanging = ""
         except OSError as error:
             self.error = error.strerror or repr(error)
 
@@ -116,7 +117,7 @@ class Look:
         # What is gone may have left its PID to another one.
         self._done &= there
         for pid in there - self._done:
-            self.hanging = pid
+            self._pid = pid
             try:
                 self._look_at(pid)
             except (FileNotFoundError, ProcessLookupError):
@@ -156,8 +157,7 @@ class Look:
             names = set(os.fsdecode(marked[1]).split(":")) if marked else set()
             test_of = os.fsdecode(test[1]).lower() if test else ""
             text = " ".join(words) or f"[{stat.name}]"
-            is_around = pid in self._around
-            process = Process(int(pid), text, uid, names, test_of, is_around, is_blank)
+            process = Process(int(pid), text, uid, names, test_of, pid in self._around, is_blank)
             self.processes.append(process)
 
 

@@ -94,7 +94,6 @@ class Sandbox:
         return self.popen(self.python, "-m", "avocado", *arguments, **options)
 
     def output(self, *arguments: str | Path) -> str:
-        """Run Avocado, and return what it prints when it succeeds."""
         return ended(self.avocado(*arguments))
 
     def vt_test(self, name: str, **parameters: str) -> VTTest:
@@ -170,7 +169,6 @@ class VTTest:
 
     @property
     def guest(self) -> int:
-        """The PID of the process that it leaves behind."""
         return int(self.guest_pid.read_text())
 
     def notes(self) -> list[tuple[str, float]]:
@@ -184,7 +182,6 @@ class VTTest:
 
     @property
     def is_silent(self) -> bool:
-        """Whether Avocado has logged all that it says until it is told to end."""
         logs = self.sandbox.home.glob("avocado/job-results/job-*/test-results/*/debug.log")
         return any(f"{self.record} is silent from now on" in log.read_text() for log in logs)
 
@@ -207,7 +204,6 @@ def can_act_as_others() -> bool:
 
 
 def finish(process: Popen) -> tuple[int, str]:
-    """Wait for a process to end, and return its exit code and what it printed."""
     try:
         text, _ = process.communicate(timeout=HANG)
     except subprocess.TimeoutExpired:
@@ -218,7 +214,6 @@ def finish(process: Popen) -> tuple[int, str]:
 
 
 def ended(process: Popen, expected: int = 0) -> str:
-    """Assert that a process ends with an exit code, and return what it printed."""
     code, text = finish(process)
     assert code == expected, text
     return text
@@ -238,7 +233,6 @@ def wait_for(what: Callable[[], object], process: Popen | None = None) -> None:
 
 
 def running_tests(job: Popen) -> dict[int, bytes]:
-    """The processes of a job that run a test, which are in its session."""
     found = processes(lambda entry: os.getsid(int(entry.name)) == job.pid)
     return {pid: command for pid, command in found.items() if b"\0task-run\0" in command}
 
@@ -264,7 +258,6 @@ def start_waiting(sandbox: Sandbox, name: str) -> tuple[Popen, VTTest, Path]:
 
 
 def assert_runs(sandbox: Sandbox, name: str) -> str:
-    """Assert that a job gets the lock, runs its test and removes the lock; return its output."""
     test = sandbox.vt_test(name).end()
     text = ended(sandbox.run(test))
     assert [what for what, _ in test.notes()] == ["begin", "end"]
@@ -273,7 +266,6 @@ def assert_runs(sandbox: Sandbox, name: str) -> str:
 
 
 def assert_refused(job: Popen, test: VTTest) -> str:
-    """Assert that a job ends with the exit code of a failed job before its test runs."""
     text = ended(job, 2)
     assert not test.has_begun
     assert text.count(FAILURE) == 1

@@ -15,7 +15,7 @@ from needs import SOME_USER, needs_other_users, needs_root
 from others import attempt, attempt_as, job_id, leave_lock, lock_path, process
 from sandbox import run_as, wait_for
 
-from avocado_vt_joblock import processes
+from avocado_vt_joblock import lockfile, processes
 from avocado_vt_joblock.processes import VARIABLE
 
 JOB_ID = job_id(0xDEAD)
@@ -281,3 +281,12 @@ def test_process_that_hangs(directory, path, tmp_path, start, monkeypatch):
         assert attempt(directory).state == "WON"
     finally:
         shell("fsfreeze --unfreeze frozen 2> /dev/null; umount --lazy frozen")
+
+
+def test_look_that_ends_when_its_time_is_over(monkeypatch):
+    monkeypatch.setattr(processes, "LOOK_TIMEOUT", 0)
+    look = processes.Look()
+    wait_for(lambda: look.is_settled)
+    file = lockfile.LockFile(str(lock_path(Path("/nowhere"), 1)), uid=os.geteuid())
+    lockfile._decide(file, look)
+    assert (file.state, file.reason) == (lockfile.State.NOT_NOW, lockfile.Reason.HANGING)
