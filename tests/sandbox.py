@@ -65,7 +65,6 @@ class Sandbox:
         self.configure(f"{self.config.read_text()}{text}\n")
 
     def belong_to(self, uid: int) -> None:
-        """Make this the sandbox of another user; only root can."""
         for path in [self.root, *self.root.rglob("*")]:
             os.chown(path, uid, uid, follow_symlinks=False)
         self.prefix = run_as(uid)
@@ -130,7 +129,6 @@ class Sandbox:
         return self.popen(self.python, HERE / "job_api.py", *words, **popen)
 
     def living(self) -> dict[int, bytes]:
-        """The command lines, by PID, of what runs of all that was started here."""
         ours = f"TMPDIR={self.root}".encode()
         return processes(lambda entry: ours in (entry / "environ").read_bytes().split(b"\0"))
 
@@ -172,7 +170,6 @@ class VTTest:
         return int(self.guest_pid.read_text())
 
     def notes(self) -> list[tuple[str, float]]:
-        """What the test has recorded: pairs of ``begin`` or ``end`` and seconds."""
         lines = self.record.read_text().splitlines() if self.record.exists() else []
         return [(what, float(when)) for what, when in map(str.split, lines)]
 
@@ -248,7 +245,6 @@ def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> Popen:
 
 
 def start_waiting(sandbox: Sandbox, name: str) -> tuple[Popen, VTTest, Path]:
-    """Start a job that finds another one at work; return it, its test and what it prints."""
     test = sandbox.vt_test(name).end()
     printed = sandbox.root / f"{name}.printed"
     with printed.open("w") as file:

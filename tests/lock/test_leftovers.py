@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -284,8 +285,11 @@ def test_process_that_hangs(directory, path, tmp_path, start, monkeypatch):
 
 
 def test_look_that_ends_when_its_time_is_over(monkeypatch):
+    gate = threading.Event()
     monkeypatch.setattr(processes, "LOOK_TIMEOUT", 0)
+    monkeypatch.setattr(processes, "_read", lambda place, what: gate.wait() and b"-")
     look = processes.Look()
+    gate.set()
     wait_for(lambda: look.is_settled)
     file = lockfile.LockFile(str(lock_path(Path("/nowhere"), 1)), uid=os.geteuid())
     lockfile._decide(file, look)
