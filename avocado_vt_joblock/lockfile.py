@@ -1,9 +1,10 @@
 """Lock files: how they are named and written, and the one verdict on each.
 
-The holder of a lock has an open file description lock on its file (fcntl(2)), here called the
-kernel lock, which the kernel drops with the process. So it tells whether the holder lives, whatever
-its PID means here. Its tests and guests may outlive it, so without the kernel lock they are looked
-for. A file of avocado-vt, which takes no kernel lock, is first judged by its PID.
+The holder of a lock has an open file description lock on its file (fcntl(2)), here
+called the kernel lock, which the kernel drops with the process. Its tests and guests
+may outlive it, so without the kernel lock they are looked for. The card beside the file
+is a second witness. A file of avocado-vt, which has neither, is first judged by its
+PID.
 """
 
 from __future__ import annotations
@@ -18,171 +19,318 @@ import struct
 import time
 from dataclasses import dataclass, field
 
-from avocado_vt_joblock.processes import INHERITED, Look, Process, may_have_written
+from avocado_vt_joblock import card, leftovers, procfs
+from avocado_vt_joblock.card import Card
+from avocado_vt_joblock.leftovers import INHERITED, JobProcess, Leftovers, Obstacle
 
-#: How every lock file is named. Until it is complete there is a dot before the name, since
-#: avocado-vt takes what begins like a lock for one.
+#: How every lock file begins. avocado-vt takes all that begins so for a lock; so what
+#: is none, or not complete yet, has a dot before.
 PREFIX = "avocado-vt-joblock-"
-NAME = re.compile(rf"{PREFIX}[0-9a-f]{{40}}-[0-9]{{1,10}}-[0-9a-z]{{8}}\.pid")
-UNPUBLISHED = "."
+#: avocado-vt-joblock-8f0a3ed06dc5353fe19db0e0ab8f3a10a9c3b6ba-1000-5f2c9d01.pid: the id
+#: of the job, the number of its user, and chance. What is named otherwise is no lock,
+#: and is left alone: a copy or a note of somebody stops no job.
+NAME = re.compile(
+    rf"{PREFIX}(?P<job_id>[0-9a-f]{{40}})-[0-9]{{1,10}}-[0-9a-z]{{8}}\.pid"
+)
 #: How long to wait for files that are under a lease, all together, in seconds.
 OPEN_TIMEOUT = 1.0
+#: How far the clocks that date a file and a process may be apart, in seconds.
+CLOCK_SLACK = 10.0
 
-# The empty line after the PID tells that its writer has a kernel lock on the file for as long as it
-# lives. avocado-vt, which reads the PID with int(), does not mind it.
-_CONTENT = re.compile(rb"([0-9]{1,10})(?:(?P<has_kernel_lock>\n\n)|\s{0,9})")
-#: Pythons that were built against an old C library lack the names; the numbers are Linux's.
-GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
-SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
+#: "4242\n\n". The empty line tells that the writer has a kernel lock on the file for as
+#: long as it lives. avocado-vt writes "4242", and reads the PID with int(), which does
+#: not mind.
+_CONTENT = re.compile(rb"(?P<pid>[0-9]{1,10})(?:(?P<has_kernel_lock>\n\n)|\s{0,9})")
+#: Pythons that were built against an old C library lack the names; the numbers are
+#: Linux's.
+_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
+_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 
 
-class State(enum.Enum):
+class State(enum.IntEnum):
     """What becomes of a lock that a job finds; of several the lowest one counts."""
 
-    OUTER = 1  # its job, or something of it, runs, and has started the new one: that is refused
+    OUTER = 1  # something of its job has started the new job: that is refused at once
     UNKNOWN = 2  # nobody can tell: the new job is stopped
-    LIVE = 3  # its job, or something of it, still runs: the new job is refused, or waits
+    LIVE = 3  # something of its job still runs: the new job is refused, or waits
     NOT_NOW = 4  # nobody can tell for now: the same as if it was live
-    STALE = 5  # nothing of its job runs any more: it is removed
+    ENDED = 5  # no verdict yet: the job has ended, and what is left of it decides
+    STALE = 6  # nothing of its job runs any more: it is removed
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether it is of use to wait."""
+        return self in (State.LIVE, State.NOT_NOW)
 
 
-#: Why nobody can tell whether a lock is live, or whether what was found of its job is all.
-Reason = enum.Enum(
-    "Reason",
-    "SYSTEM NO_PID NO_REGULAR_FILE NO_PROC HIDDEN DENIED GUESTS_OF_OTHERS HANGING RESTLESS "
-    "INTERRUPTED",
-)
+class Flaw(enum.Enum):
+    """What is wrong with a lock file itself."""
+
+    SYSTEM = enum.auto()  # the system refuses to show it
+    NO_REGULAR_FILE = enum.auto()  # no job makes such a thing
+    NO_PID = enum.auto()  # nobody knows whose it is
+    LEASED = (
+        enum.auto()
+    )  # another program, a file server for example, has a lease on it
 
 
 @dataclass
 class LockFile:
-    """A lock file, and what is known of its job."""
+    """A lock file, what is known of its job, and the verdict on it."""
 
     path: str
     uid: int | None = None  # its owner
     since: float = 0.0  # when it was written, in seconds since the Epoch
-    pid: int = 0  # the job's process, as the file tells; 0 if it does not
+    pid: int = 0  # the job's own process, as the file tells; 0 if it does not
     pid_is_here: bool = True  # whether that may be the process of this PID here
+    card: Card | None = None
     state: State = State.UNKNOWN
-    reason: Reason | None = None
-    detail: str | None = ""  # what the reason is about: the words of the system, or a PID
-    processes: list[Process] = field(default_factory=list)  # what is left where the job has ended
+    reason: Flaw | Obstacle | None = None  # why nobody can tell, or may miss something
+    detail: str = ""  # what the reason is about: the words of the system, or a PID
+    processes: list[JobProcess] = field(default_factory=list)  # what is left of its job
+    not_removed: str = ""  # why a stale one is still there, in the words of the system
 
-    def __post_init__(self) -> None:
-        self.name = os.path.basename(self.path)
-        self.job_id = self.name[len(PREFIX) :].partition("-")[0]
+    @property
+    def name(self) -> str:
+        """The name of the file in its directory."""
+        return os.path.basename(self.path)
 
+    @property
+    def job_id(self) -> str:
+        """The id of the job, as the name tells."""
+        match = NAME.fullmatch(self.name)
+        return match["job_id"] if match else ""
 
-def judge(paths: list[str]) -> list[LockFile]:
-    """Judge lock files, with one look at the processes for all of them.
+    @property
+    def own_card(self) -> Card | None:
+        """Its card, if that is as much to be believed as the file is."""
+        return self.card if self.card and self.card.uid == self.uid else None
 
-    :param paths: where files lie that are named like a lock
-    :return: a verdict on each that is still there
-    """
-    deadline = time.monotonic() + OPEN_TIMEOUT
-    files: list[LockFile] = []
-    ended: list[LockFile] = []
-    for file in map(LockFile, paths):
+    @property
+    def host(self) -> str | None:
+        """The name of the host that its job runs on, if it is known."""
+        return self.card.identity.host if self.card else None
+
+    def command(self) -> str:
+        """Return the command line of its job's own process, where that is seen."""
+        if not self.pid or not self.pid_is_here or not procfs.shows_own_namespace():
+            return ""
         try:
-            (ended if _writer_has_ended(file, deadline) else files).append(file)
-        except OSError as error:
-            # In the words of NFS it is gone when its handle is stale.
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                file.reason, file.detail = Reason.SYSTEM, error.strerror
-                files.append(file)
-    judge_ended(ended)
-    return files + ended
+            words = procfs.read_command(self.pid)
+        except OSError:
+            return ""
+        return os.fsdecode(words).rstrip("\0").replace("\0", " ")
+
+    @property
+    def is_held_here(self) -> bool:
+        """Whether its job's own process lives, and what it runs can be seen here."""
+        is_elsewhere = self.card is not None and self.card.is_of_another_host
+        return self.state < State.ENDED and not self.processes and not is_elsewhere
+
+    @property
+    def trace(self) -> leftovers.Trace:
+        """By what the processes of its job are known."""
+        since = 0
+        if self.own_card and self.own_card.is_of_this_boot:
+            since = self.own_card.identity.started
+        return leftovers.Trace(self.name, self.job_id, self.uid, since)
 
 
-def judge_ended(files: list[LockFile], tests_only: bool = False) -> None:
-    """Judge locks whose writers have ended by what is left of their jobs, or by tests only."""
-    if not files:
-        return
-    look = Look()
-    for file in files:
-        for process in sorted(look.processes, key=lambda process: process.pid):
-            # Users can give two jobs the same id: the marks know better.
-            is_its_test = process.test_of == file.job_id and not process.marks
-            may_be_its = process.is_blank and process.uid == file.uid
-            is_its = file.name in process.marks or is_its_test or may_be_its
-            if is_its and (process.test_of or not tests_only):
-                file.processes.append(process)
-        _decide(file, look)
+def read(path: str, deadline: float) -> LockFile | None:
+    """Read a lock file, and judge it unless what is left of its job decides.
 
-
-def _writer_has_ended(file: LockFile, deadline: float) -> bool:
-    """Read a lock file into its value, and judge it unless its writer has ended.
-
-    :param deadline: until when to wait for a file under a lease, by the monotonic clock in seconds
-    :raises OSError: when that fails; a FileNotFoundError when the file is not there any more
+    :param path: where a file lies that is named like a lock
+    :param deadline: until when to wait for a file under a lease, by the monotonic clock
+    :return: None where the file is not there any more
     """
+    file = LockFile(path)
+    try:
+        state = _read_into(file, deadline)
+    except BlockingIOError:
+        state, file.reason = State.NOT_NOW, Flaw.LEASED
+    except OSError as error:
+        # In the words of NFS it is gone when its handle is stale.
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return None
+        state, file.reason = State.UNKNOWN, Flaw.SYSTEM
+        file.detail = error.strerror or repr(error)
+    if state is None:
+        return None
+    file.state = state
+    return file
+
+
+def judge_by_leftovers(files: list[LockFile], timeout: float) -> None:
+    """Judge the lock files whose state is ENDED, with one look for all of them.
+
+    :param files: those that were read
+    :param timeout: how long the look may take, in seconds
+    """
+    ended = [file for file in files if file.state is State.ENDED]
+    if not ended:
+        return
+    look = leftovers.Look.take(min(file.trace.since for file in ended), timeout)
+    for file in ended:
+        left = look.leftovers_of(file.trace)
+        file.state = _state_by(left)
+        file.processes = left.processes
+        file.reason = left.obstacle
+        file.detail = left.detail
+
+
+def set_kernel_lock(fd: int) -> None:
+    """Take the kernel lock on an open file.
+
+    :raises OSError: when the file system or the kernel refuses it
+    """
+    fcntl.fcntl(fd, _SETLK, _struct_flock(fcntl.F_WRLCK))
+
+
+def drop_kernel_lock(fd: int) -> None:
+    """Give the kernel lock up for all processes that have inherited the file.
+
+    :raises OSError: when the system refuses that
+    """
+    fcntl.fcntl(fd, _SETLK, _struct_flock(fcntl.F_UNLCK))
+
+
+def _read_into(file: LockFile, deadline: float) -> State | None:
+    """Read a lock file into its value; return its state, or None if it has gone."""
+    file.card = card.read(file.path)
+    if file.card and file.card.is_of_another_host:
+        # The file itself is not touched: that might hang for as long as the holder's
+        # host is silent, or take the file from it.
+        file.uid, file.since = file.card.uid, file.card.came
+        file.pid, file.pid_is_here = file.card.identity.pid, False
+        return State.LIVE
     status = os.lstat(file.path)
     file.uid, file.since = status.st_uid, status.st_mtime
     if not stat.S_ISREG(status.st_mode):
-        file.reason = Reason.NO_REGULAR_FILE
-        return False
-    fd = _open(file.path, deadline)
-    try:
-        # A shared lock, which takes no permission to write, does not count.
-        answer = fcntl.fcntl(fd, GETLK, struct_flock(fcntl.F_RDLCK))
-        is_held = struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
-        status = os.fstat(fd)
-        match = _CONTENT.fullmatch(os.read(fd, 32))
-    finally:
-        os.close(fd)
+        file.reason = Flaw.NO_REGULAR_FILE
+        return State.UNKNOWN
+    status, is_held, match = _read_content(file.path, deadline)
+    # Another file may have come in its place since.
     file.uid, file.since = status.st_uid, status.st_mtime
-    if match and 0 < int(match[1]) < 2**31:
-        file.pid = int(match[1])
-        opened = file.name if is_held else ""
-        file.pid_is_here = may_have_written(file.pid, file.since, opened)
-    if is_held:
-        file.state = State.OUTER if file.name in INHERITED else State.LIVE
-        return False
+    if match and 0 < int(match["pid"]) < 2**31:
+        file.pid = int(match["pid"])
+        file.pid_is_here = _is_pid_here(file, is_held=is_held)
+    if is_held or (file.card and file.card.writer_lives):
+        return State.OUTER if _has_started_this(file) else State.LIVE
     # It may have been released meanwhile, and another one be there.
     if not os.path.samestat(os.lstat(file.path), status):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    if not match or not file.pid:
-        file.reason = Reason.NO_PID
-    elif match["has_kernel_lock"] or not file.pid_is_here:
-        return True
-    else:
-        file.state = State.LIVE
-    return False
+        return None
+    has_kernel_lock = bool(match and match["has_kernel_lock"])
+    return _state_of_unheld(file, has_kernel_lock=has_kernel_lock)
+
+
+def _state_of_unheld(file: LockFile, *, has_kernel_lock: bool) -> State:
+    """Return the state of a lock file whose kernel lock nobody holds.
+
+    :param has_kernel_lock: whether its writer has one for as long as it lives
+    """
+    if file.own_card and not file.own_card.is_of_this_boot:
+        return State.STALE  # Its host was booted since, and this is it.
+    if not file.pid:
+        file.reason = Flaw.NO_PID
+        return State.UNKNOWN
+    if has_kernel_lock or not file.pid_is_here:
+        return State.ENDED
+    return State.LIVE
+
+
+def _read_content(
+    path: str, deadline: float
+) -> tuple[os.stat_result, bool, re.Match[bytes] | None]:
+    """Return the status of a file, whether its kernel lock is held, and its content."""
+    fd = _open(path, deadline)
+    try:
+        # A read lock, which takes no permission to write, does not count.
+        answer = fcntl.fcntl(fd, _GETLK, _struct_flock(fcntl.F_RDLCK))
+        is_held = struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
+        return os.fstat(fd), is_held, _CONTENT.fullmatch(os.read(fd, 32))
+    finally:
+        os.close(fd)
 
 
 def _open(path: str, deadline: float) -> int:
     """Open a file of whatever kind, without following anything."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     while True:
         try:
-            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+            return os.open(path, flags)
         except BlockingIOError:
-            # An NFS server has a lease for a holder on a client, and takes it back in milliseconds.
+            # An NFS server has a lease for a holder on a client, and takes it back in
+            # milliseconds.
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.005)
 
 
-def struct_flock(kind: int) -> bytes:
-    """A struct flock (fcntl(2)) for a whole file; its l_pid has to be 0."""
+def _struct_flock(kind: int) -> bytes:
+    """Make a struct flock (fcntl(2)) for a whole file; its l_pid has to be 0."""
     return struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
 
 
-def _decide(file: LockFile, look: Look) -> None:
-    """Reach the verdict by what was found, and by the first thing that was not seen."""
-    is_root = os.geteuid() == 0
-    is_others = os.geteuid() != file.uid
-    file.state = State.STALE
-    for problem, reason, state in (
-        (look.error, Reason.NO_PROC, State.UNKNOWN),
-        (look.hanging, Reason.HANGING, State.NOT_NOW),
-        (is_others and not look.sees_others, Reason.HIDDEN, State.UNKNOWN),
-        (is_others and is_root and look.is_denied, Reason.DENIED, State.UNKNOWN),
-        (not look.is_settled, Reason.RESTLESS, State.NOT_NOW),
-        (is_others and not is_root, Reason.GUESTS_OF_OTHERS, State.STALE),
-    ):
-        if problem:
-            file.state, file.reason, file.detail = state, reason, str(problem)
-            break
-    if file.processes:
-        is_around = any(process.is_around for process in file.processes)
-        file.state = State.OUTER if is_around else State.LIVE
+def _is_pid_here(file: LockFile, *, is_held: bool) -> bool:
+    """Tell whether the process with the PID of a lock file may be its writer.
+
+    :return: False only where it is plain that it is another process, or none
+    """
+    if file.own_card and not file.own_card.is_of_this_pid_namespace:
+        return False
+    try:
+        os.kill(file.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    if not procfs.shows_own_namespace():
+        return True
+    try:
+        return _may_have_written(file, is_held=is_held)
+    except OSError:
+        return True
+
+
+def _may_have_written(file: LockFile, *, is_held: bool) -> bool:
+    process = procfs.read_stat(file.pid)
+    if process.has_ended:
+        return False
+    if file.own_card:
+        return process.started == file.own_card.identity.started
+    if is_held:
+        try:
+            return procfs.has_open(file.pid, file.name)
+        except PermissionError:
+            pass  # It is another user's.
+    return time.time() - process.age <= file.since + CLOCK_SLACK
+
+
+def _has_started_this(file: LockFile) -> bool:
+    """Tell whether the job of a lock that is held has started this process."""
+    if file.name in INHERITED:
+        return True
+    # sudo(8) and env -i take the mark away.
+    is_ancestor = file.pid_is_here and file.pid in procfs.ancestors()
+    if not is_ancestor or not procfs.shows_own_namespace():
+        return False
+    if file.card:
+        return True
+    # The PID alone may be one of another namespace: each has a process 1.
+    try:
+        return procfs.has_open(file.pid, file.name)
+    except OSError:
+        return False
+
+
+def _state_by(left: Leftovers) -> State:
+    """Reach the verdict on a job that has ended by what is left of it."""
+    if any(process.is_ancestor for process in left.processes):
+        return State.OUTER
+    if left.processes:
+        return State.LIVE
+    if left.obstacle in (Obstacle.HANGING, Obstacle.RESTLESS, Obstacle.NO_THREAD):
+        return State.NOT_NOW
+    if left.obstacle in (None, Obstacle.GUESTS_OF_OTHERS):
+        return State.STALE
+    return State.UNKNOWN

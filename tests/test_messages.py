@@ -1,166 +1,365 @@
-"""The texts and the settings, as functions: what real jobs print of them other tests show."""
+"""The texts, as functions: what real jobs print of them other tests show."""
 
 import errno
+import logging
 import math
 import os
+import pwd
 import re
+import time
 
 import pytest
 
-from avocado_vt_joblock import messages
-from avocado_vt_joblock.lock import KERNEL_LOCK, LockInTheWayError
-from avocado_vt_joblock.lockfile import LockFile, Reason, State
-from avocado_vt_joblock.processes import Process
+from avocado_vt_joblock import formats, messages
+from avocado_vt_joblock.card import Card, Identity, own_identity
+from avocado_vt_joblock.leftovers import JobProcess, Leftovers, Obstacle
+from avocado_vt_joblock.lock import JobIdError, LockInTheWayError, WaitedInVainError
+from avocado_vt_joblock.lockdir import DirectoryError, Ticket, Use
+from avocado_vt_joblock.lockfile import Flaw, LockFile, State
+from avocado_vt_joblock.options import OptionError, OrderError
 
-PATH = f"/two words/avocado-vt-joblock-{7:040x}-0-00000007.pid"
-NOBODY = 54321
-
-
-def test_timeout():
-    values = ["0", " 2.5 ", 7200, "-1", -1.0]
-    assert [messages.timeout(value) for value in values] == [0, 2.5, 7200, math.inf, math.inf]
-
-
-@pytest.mark.parametrize(
-    "value", ["soon", "", "-2", "nan", "inf", "1 h", "1e999", True, None, [1], {}, 10**400]
-)
-def test_bad_timeout(value):
-    told = re.escape(f"plugins.vtjoblock.timeout = {value!r} is not a time to wait")
-    with pytest.raises(ValueError, match=told) as caught:
-        messages.timeout(value)
-    assert "-1 to wait for as long as it takes" in str(caught.value)
+NAME = f"avocado-vt-joblock-{7:040x}-0-00000007.pid"
+PATH = f"/two words/{NAME}"
+#: Belongs to nobody.
+UID = 54321
+#: The PID of no process: Linux has none above 2**22.
+NOBODY = 2**22 + 1
+COLUMNS = 80
 
 
-def test_directory(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert messages.directory("~/locks") == f"{tmp_path}/locks"
-    assert messages.directory(tmp_path) == str(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "value", ["", "locks", "~nobody-of-this-name/x", "$HOME/x", None, 7, "/\0", ["/tmp"], b"/tmp"]
-)
-def test_bad_directory(value):
-    told = re.escape(f"is not an absolute path: plugins.vtjoblock.dir = {value!r}")
-    with pytest.raises(ValueError, match=told):
-        messages.directory(value)
+def lock_file(state, **facts):
+    return LockFile(PATH, **{"uid": UID, "state": state, "since": time.time(), **facts})
 
 
 def refusal(error):
     return messages.refusal(error, "/locks", "/results/job.log")
 
 
-def in_the_way(state, waited=0.0, **facts):
-    error = LockInTheWayError(LockFile(PATH, uid=NOBODY, state=state, **facts))
-    error.waited = waited
-    return refusal(error)
+def in_the_way(state, **facts):
+    return refusal(LockInTheWayError(lock_file(state, **facts)))
 
 
-def process(pid, test_of="", uid=NOBODY, command="qemu", is_around=False, is_blank=False):
-    return Process(pid, command, uid, {"x"}, test_of, is_around, is_blank)
+def process(pid, **facts):
+    usual = {
+        "started": 0,
+        "command": "qemu -name vm1",
+        "uid": UID,
+        "marks": frozenset(),
+    }
+    usual |= {"test_of": "", "is_ancestor": False, "is_blank": False}
+    return JobProcess(pid, **{**usual, **facts})
+
+
+def card(host="hv3.lab", boot="00000000"):
+    identity = Identity(host, boot, pid_namespace=1, pid=4242, started=1)
+    when = {"came": time.time(), "renewed": time.time()}
+    return Card(identity, has_left=False, uid=UID, here=own_identity(), **when)
+
+
+def directory_error(number, use):
+    return DirectoryError(use, OSError(number, os.strerror(number)))
+
+
+GUEST = [process(4502)]
+TEST = [process(4481, test_of=f"{7:040x}"), *GUEST]
+IN_THE_WAY = {
+    "held": lock_file(State.LIVE, pid=NOBODY),
+    "held in another namespace": lock_file(State.LIVE, pid=1, pid_is_here=False),
+    "held on another host": lock_file(State.LIVE, card=card(), pid_is_here=False),
+    "guest": lock_file(State.LIVE, processes=GUEST),
+    "test": lock_file(State.LIVE, processes=TEST),
+    "not all seen": lock_file(
+        State.LIVE, processes=GUEST, reason=Obstacle.HANGING, detail="77"
+    ),
+    "not seen": lock_file(State.NOT_NOW, reason=Obstacle.RESTLESS),
+    "leased": lock_file(State.NOT_NOW, reason=Flaw.LEASED),
+    "unknown": lock_file(State.UNKNOWN, reason=Flaw.NO_PID),
+    "outer": lock_file(State.OUTER, pid=NOBODY),
+    "shell": lock_file(State.OUTER, processes=[process(9, is_ancestor=True)]),
+}
+ERRORS = {
+    **{name: LockInTheWayError(file) for name, file in IN_THE_WAY.items()},
+    "in vain": WaitedInVainError(LockInTheWayError(IN_THE_WAY["held"]), 300.0),
+    "others wait": LockInTheWayError(None, 2),
+    "timeout": OptionError("plugins.vtjoblock.timeout", "soon"),
+    "directory": OptionError("plugins.vtjoblock.dir", "locks"),
+    "order": OrderError(["jobscripts"]),
+    "missing": directory_error(errno.ENOENT, Use.OPEN),
+    "full": directory_error(errno.ENOSPC, Use.WRITE),
+    "no locks": directory_error(errno.ENOLCK, Use.LOCK),
+    "no kernel locks": directory_error(errno.EINVAL, Use.LOCK),
+    "job id": JobIdError("nightly #7"),
+    "interrupted": KeyboardInterrupt(),
+    "unforeseen": RuntimeError("odd"),
+}
+LEFT = {
+    "guest": Leftovers(GUEST),
+    "test": Leftovers(TEST),
+    "unseen": Leftovers([], Obstacle.HANGING, "77"),
+}
+TEXTS = {
+    **{f"refusal: {name}": refusal(error) for name, error in ERRORS.items()},
+    **{
+        f"waiting: {name}": messages.waiting(error, messages.until(60))
+        for name, error in ERRORS.items()
+        if isinstance(error, (LockInTheWayError, DirectoryError))
+    },
+    **{
+        f"left: {name}": messages.left_behind(left, PATH, is_in_place=True)
+        for name, left in LEFT.items()
+    },
+    "ending": messages.ending(LEFT["test"], 5.0),
+    "gone": messages.not_released(FileNotFoundError(2, "No such file"), PATH),
+    "not released": messages.not_released(PermissionError(13, "denied"), PATH),
+    "sticky bit": messages.no_sticky_bit("/locks"),
+    "unknown key": messages.unknown_key("timout"),
+    "guests": messages.GUESTS_OF_OTHERS.format(user="user1", path=PATH),
+    "not removed": messages.NOT_REMOVED.format(error="denied", path=PATH),
+    "overview": messages.overview("/locks", [Ticket(NAME, card())], is_free=False),
+    "stale": messages.shown(lock_file(State.STALE), []),
+    "shown": messages.shown(IN_THE_WAY["held"], TEST),
+    "on terminal": messages.on_terminal("0:01:23", "1:00:00", 2),
+    "no command": messages.NO_COMMAND,
+    "option": messages.OPTION_OF_AVOCADO.format(option="--config"),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_lines_fit_a_terminal(text):
+    """But for what Avocado writes before, and for the path of a lock file."""
+    text = text.replace(messages.FAILURE, "")
+    lines = [line for line in text.splitlines() if NAME not in line]
+    assert [line for line in lines if len(line) > COLUMNS] == []
+    assert not any(line.endswith(" ") or line == "" for line in lines)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_never_two_only_if_in_a_row(text):
+    assert text.count("nly if") < 2
 
 
 @pytest.mark.parametrize(
-    ("processes", "reason", "kills"),
+    ("left", "kills"),
     [
-        ([process(4), process(5)], None, "4 5"),
-        ([process(4), process(5, test_of="7")], None, None),
-        ([process(4)], Reason.RESTLESS, None),
-        ([process(4)], Reason.GUESTS_OF_OTHERS, None),
-        ([process(4), process(5, is_blank=True)], None, None),
-        ([process(4), process(5, is_around=True)], None, None),
+        (Leftovers([process(4), process(5)]), "4 5"),
+        (Leftovers([process(4), process(5, test_of="7")]), None),
+        (Leftovers([process(4)], Obstacle.RESTLESS), None),
+        (Leftovers([process(4)], Obstacle.GUESTS_OF_OTHERS), None),
+        (Leftovers([process(4), process(5, is_blank=True)]), None),
+        (Leftovers([process(4), process(5, is_ancestor=True)]), None),
     ],
 )
-def test_advice_to_kill(processes, reason, kills):
-    """Only where no test is left, all could be seen, and it is not the reader's own shell."""
-    state = State.OUTER if any(this.is_around for this in processes) else State.LIVE
-    text = in_the_way(state, processes=processes, reason=reason)
-    assert re.findall(r"^    kill (.*)$", text, re.MULTILINE) == ([kills] if kills else [])
-    told = f"If these processes still run after one minute, {NOBODY} or root must end them"
-    assert (told in text) == bool(kills)
-    assert "no solution" in text
-    assert ("env -u AVOCADO_VT_JOBLOCK" in text) == bool(kills or state is State.OUTER)
-    assert ("\nThis job was started by 5, which" in text) == (state is State.OUTER)
+def test_advice_to_kill(left, kills):
+    """Only where no test is left, all was seen, and it is not the reader's own shell."""
+    is_outer = any(this.is_ancestor for this in left.processes)
+    state = State.OUTER if is_outer else State.LIVE
+    text = in_the_way(state, processes=left.processes, reason=left.obstacle)
+    assert re.findall(r"^    kill (.*)$", text, re.MULTILINE) == (
+        [kills] if kills else []
+    )
+    assert (f"after one minute, {UID} or root must act:" in text) == bool(kills)
+    # Which images, before the kill; what to do with these, after it.
+    order = [text.find(part) for part in ("/proc/4/fd", "kill", "qemu-img check")]
+    assert (order == sorted(order) and min(order) > 0) == bool(kills)
+    assert ("env -u AVOCADO_VT_JOBLOCK" in text) == bool(kills or is_outer)
+    assert ("\nThis job was started by 5, which" in text) == is_outer
 
 
 def test_command_lines_are_tamed():
-    """They are anybody's words."""
-    odd = "\x1b[31m\n    kill 1\r\u202e" + "x" * 500
-    text = in_the_way(State.LIVE, processes=[process(pid, command=odd) for pid in range(25)])
-    assert r"\x1b[31m\n    kill 1\r\u202exxx" in text
+    """They are anybody's words, for a terminal, for a line, and for XML."""
+    odd = "\x1b[31m]]>\n    kill 1\r\u202e" + "x" * 500
+    processes = [process(pid, command=odd) for pid in range(25)]
+    text = in_the_way(State.LIVE, processes=processes)
+    assert r"\x1b[31m]] >\n    kill 1\r\u202exxx" in text
     assert not set("\x1b\r\u202e") & set(text)
+    assert "]]>" not in text
     listed = [line for line in text.splitlines() if "xxx" in line]
     assert len(listed) == 20
     assert max(map(len, listed)) < 200
     assert "\n    and 5 more\n" in text
 
 
-def test_pid_of_another_namespace():
-    assert "fuser" not in in_the_way(State.LIVE, pid=1)
-    text = in_the_way(State.LIVE, pid=1, pid_is_here=False)
-    assert "PID:    1\n" in text
-    assert "another PID namespace or host" in text
-    assert f"fuser -v '{PATH}'" in text
+def test_words_of_a_card_are_tamed():
+    text = in_the_way(State.LIVE, card=card(host="a\x1b[31m;rm"))
+    assert r"host:   a\x1b[31m;rm" in text
+    assert "\x1b" not in text
+    assert "ssh 'a" in text
+
+
+def test_pid():
+    """With its command line where it is a process of here."""
+    told = in_the_way(State.LIVE, pid=os.getpid())
+    assert re.search(rf"^    PID:    {os.getpid()}  \S*python\S* ", told, re.MULTILINE)
+    assert "fuser" not in told
+    told = in_the_way(State.LIVE, pid=os.getpid(), pid_is_here=False)
+    assert f"PID:    {os.getpid()}\n" in told
+    assert "of another PID namespace" in told
+    assert f"fuser -v '{PATH}'" in told
+
+
+def test_where_a_job_of_another_host_can_be_judged():
+    told = in_the_way(State.LIVE, card=card(), pid=4242, pid_is_here=False)
+    assert "a job on another host holds the lock." in told
+    for fact in ("host:   hv3.lab", "PID:    4242\n", "ssh hv3.lab", f"rm '{PATH}'"):
+        assert fact in told
+    # What does not help there.
+    assert "fuser" not in told
+    ours = own_identity()
+    here = in_the_way(State.LIVE, card=card(ours.host, ours.boot), pid=1)
+    assert "host:" not in here
 
 
 def test_what_to_do():
     """Remedies that help: another lock directory only where jobs may run at once."""
     held = in_the_way(State.LIVE)
-    assert "set plugins.vtjoblock.timeout to have this one wait" in held
-    assert "a lock directory\nof their own: plugins.vtjoblock.dir" in held
-    waited = in_the_way(State.LIVE, waited=300.0)
-    assert "out of time after 0:05:00: another job holds the lock" in waited
+    assert "To have this one wait: avocado run --vt-joblock-timeout 2h" in held
+    assert "avocado vt-joblock show" in held
+    assert "of its own: plugins.vtjoblock.dir" in held
+    assert "Do not remove the file" in held
+    in_vain = TEXTS["refusal: in vain"]
+    assert "out of time after 0:05:00: another job holds the lock" in in_vain
+    assert "To have this one wait longer:" in in_vain
     outer = in_the_way(State.OUTER)
     assert "this is the job that you are in" in outer
     assert "timeout" not in outer
-    assert "minute, root must end them" in in_the_way(State.LIVE, processes=[process(4, uid=0)])
-    later = in_the_way(State.NOT_NOW, reason=Reason.HANGING, detail="77")
+    assert "minute, root must act" in in_the_way(
+        State.LIVE, processes=[process(4, uid=0)]
+    )
+    later = in_the_way(State.NOT_NOW, reason=Obstacle.HANGING, detail="77")
     assert "process 77 does not answer" in later
-    assert "Start this job again" in later
-    for text in (later, in_the_way(State.UNKNOWN, reason=Reason.NO_PID)):
+    assert "To have this one wait:" in later
+    for text in (later, in_the_way(State.UNKNOWN, reason=Flaw.NO_PID)):
         assert "plugins.vtjoblock.dir" not in text
     assert "rm " not in later
+    assert "2 jobs that came before this one wait" in TEXTS["refusal: others wait"]
 
 
-@pytest.mark.parametrize("reason", Reason)
+def test_first_words_of_the_most_dangerous_state():
+    """A guest that may run beside this job, which only others can see."""
+    lines = TEXTS["guests"].splitlines()
+    assert lines[0].startswith("A guest of user1 may still run")
+    assert "stop this job now" in " ".join(lines[:3])
+    assert "    pgrep -u user1 -af qemu" in lines
+    assert lines[-1] == f"    {PATH}"
+
+
+@pytest.mark.parametrize("reason", [*Flaw, *Obstacle])
 def test_every_reason_has_words(reason):
     text = in_the_way(State.UNKNOWN, reason=reason, detail="DETAIL")
-    assert re.search(rf"cannot tell whether a job still holds {PATH}: \S+", text)
-    remove = "rm -r" if reason is Reason.NO_REGULAR_FILE else "rm"
+    assert re.search(r"nobody can tell whether a job still holds it:\n\S+", text)
+    remove = "rm -r" if reason is Flaw.NO_REGULAR_FILE else "rm"
     assert f"\n    {remove} '{PATH}'" in text
-    assert "pgrep -af" in text
+    assert f"pgrep -u {UID} -af 'avocado|qemu'" in text
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "told"),
+    ("number", "use", "told"),
     [
-        (errno.ENOENT, "/locks", "does not exist"),
-        (errno.ENOTDIR, "/locks", "is not a directory"),
-        (errno.EACCES, "/locks", "cannot be opened: Permission denied"),
-        (errno.EMFILE, "/locks", "cannot be opened: Too many open files"),
-        (errno.ENOSPC, None, "cannot be written: No space left"),
-        (errno.EROFS, "/locks/.a.pid", "cannot be written: Read-only"),
-        (errno.ENOLCK, KERNEL_LOCK, "does not lock files: No locks available"),
+        (errno.ENOENT, Use.OPEN, "does not exist"),
+        (errno.ENOTDIR, Use.OPEN, "is not a directory"),
+        (errno.EACCES, Use.OPEN, "cannot be opened: Permission denied"),
+        (errno.EMFILE, Use.OPEN, "cannot be opened: Too many open files"),
+        (errno.ENOSPC, Use.WRITE, "cannot be written: No space left"),
+        (errno.EROFS, Use.WRITE, "cannot be written: Read-only"),
+        (errno.ENOENT, Use.WRITE, "cannot be written: No such file"),
+        (errno.ENOLCK, Use.LOCK, "locks no files: No locks available"),
     ],
 )
-def test_what_the_system_refuses(number, name, told):
-    text = refusal(OSError(number, os.strerror(number), name))
+def test_what_the_system_refuses(number, use, told):
+    text = refusal(directory_error(number, use))
     assert told in text
-    assert "plugins.vtjoblock.dir = '/locks'" in text
+    assert "plugins.vtjoblock.dir = '/locks'\n" in text
+
+
+def test_directory_that_is_set_by_another_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/user1")
+    error = directory_error(errno.ENOENT, Use.OPEN)
+    text = messages.refusal(error, "~/locks", None)
+    assert "plugins.vtjoblock.dir = '~/locks' (/home/user1/locks)" in text
 
 
 def test_what_else_stops_a_job():
     # Another directory would not help.
-    text = refusal(OSError(errno.EINVAL, os.strerror(errno.EINVAL), KERNEL_LOCK))
-    assert "Linux 3.15" in text
-    assert "plugins.vtjoblock.dir" not in text
-    assert "RuntimeError: odd. Details are in /results/job.log." in refusal(RuntimeError("odd"))
-    assert "it was interrupted before its tests" in refusal(KeyboardInterrupt())
+    assert "Linux 3.15" in TEXTS["refusal: no kernel locks"]
+    assert "plugins.vtjoblock.dir" not in TEXTS["refusal: no kernel locks"]
+    unforeseen = TEXTS["refusal: unforeseen"]
+    assert "RuntimeError: odd.\nDetails are in /results/job.log." in unforeseen
+    assert "it was interrupted before its tests" in TEXTS["refusal: interrupted"]
+    assert "the job id 'nightly #7' is not 40 hex" in TEXTS["refusal: job id"]
 
 
-def test_times_of_any_size_and_users_without_a_name():
-    for when in (-(2**62), 0, 2**62):
-        assert f"user:   {NOBODY}\n" in in_the_way(State.LIVE, since=float(when))
-    assert "user:   root\n" in messages.describe(LockFile(PATH, uid=0, state=State.LIVE))
+@pytest.mark.parametrize(("name", "error"), ERRORS.items(), ids=ERRORS)
+def test_only_what_is_unforeseen_is_told_with_a_traceback(name, error):
+    assert messages.is_unforeseen(error) == (name == "unforeseen")
+
+
+def test_headline_says_whose_the_lock_is():
+    error = LockInTheWayError(lock_file(State.LIVE, pid=4242, since=0.0))
+    line = messages.headline(error, refusal(error))
+    since = formats.local_time(0.0)
+    told = f"another job holds the lock. User {UID}, PID 4242, since {since}."
+    assert line == f"{messages.FAILURE}{told}"
+    # There is nothing to add to others.
+    timeout = ERRORS["timeout"]
+    assert messages.headline(timeout, "one\ntwo") == "one"
+
+
+def test_one_is_not_many():
+    assert "1 process of it still runs." in messages.ending(LEFT["guest"], 5)
+    assert "2 processes of it still run." in messages.ending(LEFT["test"], 5)
+    assert "1 process of the job still runs:" in TEXTS["left: guest"]
+    assert "2 processes of the job still run:" in TEXTS["left: test"]
+    assert ", after 1 job." in messages.on_terminal("0:00:01", "", 1)
+
+
+def test_time():
+    """Also of a file whose date anybody has set."""
+    for when in (-(2**62), 2**62):
+        assert re.search(
+            r"since:  \S+$", in_the_way(State.LIVE, since=float(when)), re.M
+        )
+    hours_ago = formats.since(time.time() - 2 * 3600 - 191)
+    assert re.fullmatch(r"[\d-]{10} [\d:]{8} \(2:03:1\d ago\)", hours_ago)
+    assert "ago" not in formats.since(time.time() + 3600)
     assert messages.until(math.inf) == "for as long as it takes"
     assert re.fullmatch(r"until [\d-]{10} [\d:]{8}", messages.until(60.5))
+    iso = formats.iso_time(time.time())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", iso)
+    assert formats.iso_time(2.0**62) is None
+
+
+def test_name_service_is_asked_once_for_each_user(monkeypatch):
+    """It may take 15 seconds to answer."""
+    asked = []
+
+    def getpwuid(uid):
+        asked.append(uid)
+        raise KeyError(uid)
+
+    formats.user.cache_clear()
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    processes = [process(4, uid=UID), process(5, uid=UID + 1)]
+    assert f"user:   {UID}\n" in in_the_way(State.LIVE, processes=processes)
+    in_the_way(State.UNKNOWN, reason=Flaw.NO_PID)
+    assert len(asked) == len(set(asked))
+    monkeypatch.undo()
+    formats.user.cache_clear()
+    assert "user:   root\n" in in_the_way(State.LIVE, uid=0)
+
+
+def test_tell_survives_handlers_that_raise(caplog):
+    class OddError(BaseException):
+        pass
+
+    class Strict(logging.Handler):
+        def emit(self, record):
+            raise OddError
+
+    handler = Strict()
+    logging.getLogger(messages.JOB_LOG).addHandler(handler)
+    try:
+        messages.tell("one")
+    finally:
+        logging.getLogger(messages.JOB_LOG).removeHandler(handler)
+    told = [record.name for record in caplog.records if record.message == "one"]
+    assert messages.USER_LOG in told

@@ -1,0 +1,193 @@
+"""The card of a job: on which host it runs, and as which process there.
+
+The kernel lock on a lock file tells whether its holder lives, but it can be wrong: on
+NFS after the network was away, on file systems that carry no locks, and after code in
+the job's process has closed files that it had not opened. So a second witness lies
+beside the lock file ``NAME``: a symbolic link ``.NAME.host`` whose target is a text,
+for example "hv3.lab 1a2b3c4d 4026531836 4242 812345". Nobody follows it. Anybody can
+make one: it may stop a job, as any lock file may, but it frees a lock only if both have
+one owner.
+
+A job that waits has a card without a lock file: its ticket. It keeps the time at which
+it came (mtime), and the time at which it was last renewed (ctime) shows that the job
+lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import re
+from dataclasses import dataclass
+
+from avocado_vt_joblock import procfs
+
+#: Host, boot, PID namespace, PID, start time. A minus before the start time says that
+#: the job has left its lock file: "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
+_TEXT = re.compile(
+    r"(?P<host>\S{1,255}) (?P<boot>\S{8}) (?P<pid_namespace>[0-9]{1,20})"
+    r" (?P<pid>[0-9]{1,10}) (?P<has_left>-?)(?P<started>[0-9]{0,20})",
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where a process runs: its host, and what one boot of that knows it by."""
+
+    host: str  # the node name
+    boot: str  # the first eight digits of the boot's id
+    pid_namespace: int  # its inode
+    pid: int
+    started: int  # in ticks since boot
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card as it was found."""
+
+    identity: Identity
+    has_left: bool  # whether the job has left its lock file to what still runs of it
+    uid: int  # the owner of the link
+    came: float  # when the job came, in seconds by the clock of the file system
+    renewed: float  # when the card was last renewed, in the same way
+    here: Identity  # the process that has found it
+
+    @property
+    def is_of_another_host(self) -> bool:
+        """Whether the job runs where nothing can be looked at from here."""
+        here = self.here
+        return self.identity.host != here.host and self.identity.boot != here.boot
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Whether the job runs on this host, maybe in a container."""
+        return self.identity.boot == self.here.boot
+
+    @property
+    def is_of_this_pid_namespace(self) -> bool:
+        """Whether its PID means the same process here."""
+        is_same = self.identity.pid_namespace == self.here.pid_namespace
+        return self.is_of_this_boot and is_same
+
+    @property
+    def writer_lives(self) -> bool:
+        """Whether the job's own process is seen here, and has not left the file."""
+        if self.has_left or not self.is_of_this_pid_namespace:
+            return False
+        if not procfs.shows_own_namespace():
+            return False
+        return procfs.is_running(self.identity.pid, self.identity.started)
+
+
+def own_identity() -> Identity:
+    """Return where this process runs.
+
+    :raises OSError: when /proc does not tell
+    """
+    # A node name can hold anything, and a card has its fields between spaces.
+    host = "_".join(os.uname().nodename.split()) or "_"
+    return _identity(os.getpid(), os.stat("/proc/self/ns/pid").st_ino, host)
+
+
+def own_start() -> int:
+    """Return the start time of this process in ticks, or 0 where it is unknown."""
+    try:
+        return own_identity().started
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=1)
+def _identity(pid: int, pid_namespace: int, host: str) -> Identity:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        # 1a2b3c4d-5e6f-4a1b-8c2d-3e4f5a6b7c8d
+        boot = file.read(8)
+    started = procfs.read_stat(procfs.own_pid()).started
+    return Identity(host, boot, pid_namespace, pid, started)
+
+
+def path_of(lock_path: str) -> str:
+    """Return where the card of a lock file lies."""
+    directory, name = os.path.split(lock_path)
+    return os.path.join(directory, f".{name}.host")
+
+
+def read(lock_path: str) -> Card | None:
+    """Read the card of a lock file, without touching that.
+
+    :return: None where there is none, or none that is understood
+    :raises OSError: when nobody can tell whether there is one
+    """
+    path = path_of(lock_path)
+    try:
+        text = os.readlink(path)
+        status = os.lstat(path)
+    except OSError as error:
+        # It is gone, no link, or was removed by another client of NFS.
+        if error.errno in (errno.ENOENT, errno.EINVAL, errno.ESTALE):
+            return None
+        raise
+    match = _TEXT.fullmatch(text)
+    if not match:
+        return None
+    try:
+        here = own_identity()
+    except OSError:
+        return None
+    identity = Identity(
+        host=match["host"],
+        boot=match["boot"],
+        pid_namespace=int(match["pid_namespace"]),
+        pid=int(match["pid"]),
+        started=int(match["started"] or 0),
+    )
+    return Card(
+        identity=identity,
+        has_left=bool(match["has_left"]),
+        uid=status.st_uid,
+        came=status.st_mtime,
+        renewed=status.st_ctime,
+        here=here,
+    )
+
+
+def make(lock_path: str) -> None:
+    """Make the card of this process, or renew it.
+
+    Renewed, it keeps the time at which the job came.
+
+    Where that fails there is none, and all else goes on.
+    """
+    path = path_of(lock_path)
+    with contextlib.suppress(OSError):
+        try:
+            os.symlink(_text(), path)
+        except FileExistsError:
+            status = os.lstat(path)
+            times = status.st_atime_ns, status.st_mtime_ns
+            os.utime(path, ns=times, follow_symlinks=False)
+
+
+def leave(lock_path: str) -> None:
+    """Have the card say that the job has left its lock file."""
+    path = path_of(lock_path)
+    # At no moment there is none: on another host the lock would look stale.
+    with contextlib.suppress(OSError):
+        # It is there already if this was interrupted before.
+        with contextlib.suppress(FileExistsError):
+            os.symlink(_text(has_left=True), f"{path}.new")
+        os.rename(f"{path}.new", path)
+
+
+def remove(lock_path: str) -> None:
+    """Remove a card, after its lock file."""
+    with contextlib.suppress(OSError):
+        os.unlink(path_of(lock_path))
+
+
+def _text(*, has_left: bool = False) -> str:
+    ours = own_identity()
+    started = f"-{ours.started}" if has_left else f"{ours.started}"
+    return f"{ours.host} {ours.boot} {ours.pid_namespace} {ours.pid} {started}"

@@ -1,0 +1,71 @@
+"""The end of a job: wait for the rest of it, release the lock or leave it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from avocado_vt_joblock import messages, procfs
+from avocado_vt_joblock.leftovers import Leftovers, Obstacle
+from avocado_vt_joblock.lock import JobLock
+
+#: How long to wait at the end of a job for what is left of it, in seconds.
+END_TIMEOUT = 5.0
+#: How much of that is kept for a last look.
+LAST_LOOK_TIME = 1.0
+#: How long to wait before looking again for processes that are known, in seconds.
+PAUSE = 0.1
+
+
+def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
+    """Release a lock, or leave its file if something of the job may still run.
+
+    :param lock: the lock, which is held
+    :param looks: whether to look for what is left; else that is left on purpose
+    :param tests_only: whether nothing but tests counts
+    """
+    left = Leftovers()
+    if looks:
+        left = Leftovers(obstacle=Obstacle.INTERRUPTED)
+        with contextlib.suppress(KeyboardInterrupt):
+            left = _wait_for_the_rest(lock, tests_only=tests_only)
+    problem: OSError | None = None
+    try:
+        if left.is_nothing:
+            lock.release()
+        else:
+            lock.leave()
+    except OSError as error:
+        problem = error
+    if not left.is_nothing:
+        messages.tell(messages.left_behind(left, lock.path, is_in_place=not problem))
+    if problem:
+        messages.tell(messages.not_released(problem, lock.path))
+
+
+def _wait_for_the_rest(lock: JobLock, *, tests_only: bool) -> Leftovers:
+    """Wait a while for what is left of a job; return what then still is."""
+    deadline = time.monotonic() + END_TIMEOUT
+    left = lock.find_leftovers(tests_only=tests_only, timeout=END_TIMEOUT)
+    if left.processes:
+        messages.tell(messages.ending(left, END_TIMEOUT))
+    while not left.is_nothing:
+        _wait_for(left, deadline - LAST_LOOK_TIME)
+        time_left = deadline - time.monotonic()
+        if time_left <= 0:
+            break
+        left = lock.find_leftovers(tests_only=tests_only, timeout=time_left)
+        if time_left <= LAST_LOOK_TIME:
+            break
+    return left
+
+
+def _wait_for(left: Leftovers, deadline: float) -> None:
+    """Wait until processes that are known have ended."""
+    time.sleep(PAUSE)
+    while time.monotonic() < deadline:
+        if not any(
+            procfs.is_running(each.pid, each.started) for each in left.processes
+        ):
+            return
+        time.sleep(PAUSE)

@@ -1,0 +1,70 @@
+"""How times, users and anybody's words are written."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import pwd
+import time
+
+#: From what age on a time is wrong, in seconds: about 30 years.
+_LONGEST_AGE = 1e9
+#: How much of a command line or of another text of anybody is shown, in characters.
+LIMIT = 160
+
+
+def duration(seconds: float) -> str:
+    """Return how long something takes, for example 0:07:12."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def local_time(seconds: float) -> str:
+    """Return when something was, which is given in seconds since the Epoch."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return "unknown"
+
+
+def since(seconds: float) -> str:
+    """Return the same with its age: 2026-11-20 22:15:04 (2:03:11 ago)."""
+    age = time.time() - seconds
+    # Clocks differ, and anybody can set the time of a file of their own.
+    if not 0 <= age < _LONGEST_AGE:
+        return local_time(seconds)
+    return f"{local_time(seconds)} ({duration(age)} ago)"
+
+
+def iso_time(seconds: float) -> str | None:
+    """Return a time by ISO 8601 with its zone: 2026-11-20T22:15:04+01:00."""
+    try:
+        when = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+        return when.astimezone().isoformat("T", "seconds")
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+# A name service may take seconds to answer.
+@functools.cache
+def user(uid: int) -> str:
+    """Return the name of a user, or the number where there is no name."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def tamed(words: str) -> str:
+    r"""Put anybody's words in one line that does nothing to a terminal or to XML.
+
+    What would turn a terminal red for example is shown as "\x1b[31m".
+    """
+    # repr() puts the text in quotes. Avocado's XML breaks at the end of a CDATA
+    # section.
+    text = repr(words[:LIMIT])[1:-1].replace("]]>", "]] >")
+    return f"{text}..." if len(words) > LIMIT else text
+
+
+def count(number: int, what: str, plural: str) -> str:
+    """Return a number with its noun: "1 process", "2 processes"."""
+    return f"{number} {what if number == 1 else plural}"

@@ -1,0 +1,182 @@
+"""The lock directory: its guard, its files, who waits in it, what crashes left."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from avocado_vt_joblock import card, lockfile
+from avocado_vt_joblock.card import Card
+from avocado_vt_joblock.lockfile import LockFile
+
+#: How long to wait for the guard before going on without it, in seconds.
+GUARD_TIMEOUT = 1.0
+#: How long a ticket counts that its job does not renew, in seconds.
+TICKET_TIMEOUT = 10.0
+#: From what age on a file without its lock is one that a crash has left, in seconds.
+LITTER_AGE = 60.0
+
+#: What belongs to a lock and is none: an unpublished file, a card, a new card. For
+#: example
+#: .avocado-vt-joblock-8f0a3ed06dc5353fe19db0e0ab8f3a10a9c3b6ba-1000-5f2c9d01.pid.host
+_COMPANION = re.compile(
+    rf"\.(?P<lock_name>{lockfile.NAME.pattern})(?P<kind>(?:\.host(?:\.new)?)?)"
+)
+
+
+class Use(enum.Enum):
+    """What a job does with its lock directory."""
+
+    OPEN = enum.auto()  # it opens and lists it
+    WRITE = enum.auto()  # it makes files in it
+    LOCK = enum.auto()  # it takes the kernel lock on one of these
+
+
+class DirectoryError(Exception):
+    """The system refuses a use of the lock directory."""
+
+    def __init__(self, use: Use, error: OSError) -> None:
+        super().__init__(error)
+        self.use = use
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What shows that a job waits: its card, without a lock file."""
+
+    lock_name: str
+    card: Card
+
+    @property
+    def turn(self) -> tuple[float, str]:
+        """By what jobs that wait are put in order: who came first is first."""
+        return self.card.came, self.lock_name
+
+
+class LockDirectory:
+    """A directory in which jobs make lock files.
+
+    :param path: its absolute path
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def join(self, name: str) -> str:
+        """Return the path of a file in it."""
+        return os.path.join(self.path, name)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[int]:
+        """Keep other contenders of this host out, if that can be had in time.
+
+        :return: the guard, which can be free and taken again in between
+        :raises DirectoryError: when the directory cannot be opened
+        """
+        with reported_as(Use.OPEN):
+            guard = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            take(guard)
+            yield guard
+        finally:
+            # An error here would say nothing of the lock.
+            with contextlib.suppress(OSError):
+                os.close(guard)
+
+    def names(self) -> set[str]:
+        """Return the names of all that has to do with locks.
+
+        :raises DirectoryError: when the directory cannot be listed
+        """
+        with reported_as(Use.OPEN):
+            return {name for name in os.listdir(self.path) if lockfile.PREFIX in name}
+
+    def read_locks(self, names: set[str]) -> list[LockFile]:
+        """Read the lock files of these names; what is left of their jobs is open."""
+        deadline = time.monotonic() + lockfile.OPEN_TIMEOUT
+        files = [
+            lockfile.read(self.join(name), deadline)
+            for name in names
+            if lockfile.NAME.fullmatch(name)
+        ]
+        return [file for file in files if file]
+
+    def waiting(self, names: set[str], now: float) -> list[Ticket]:
+        """Return the tickets of jobs that wait and live, who came first first.
+
+        :param names: of all that has to do with locks
+        :param now: in seconds since the Epoch, by the clock of the file system
+        """
+        tickets = []
+        for orphan in _orphans(names):
+            found = None
+            if orphan["kind"] == ".host":
+                with contextlib.suppress(OSError):
+                    found = card.read(self.join(orphan["lock_name"]))
+            # A job that has just come has not renewed its card yet. Maybe it is about
+            # to publish its lock.
+            if found and found.came < found.renewed > now - TICKET_TIMEOUT:
+                tickets.append(Ticket(orphan["lock_name"], found))
+        return sorted(tickets, key=lambda ticket: ticket.turn)
+
+    def remove_litter(self, names: set[str], new_file: str) -> None:
+        """Remove what crashes have left and no lock file belongs to.
+
+        :param names: of all that has to do with locks
+        :param new_file: the path of a file that is new by the clock of the file system
+        """
+        for orphan in _orphans(names):
+            path = self.join(orphan[0])
+            with contextlib.suppress(OSError):
+                age = os.lstat(new_file).st_ctime - os.lstat(path).st_ctime
+                if age > LITTER_AGE:
+                    os.unlink(path)
+
+
+def _orphans(names: set[str]) -> list[re.Match[str]]:
+    """Return what belongs to a lock, and has none beside it."""
+    matches = [_COMPANION.fullmatch(name) for name in names if name.startswith(".")]
+    return [match for match in matches if match and match["lock_name"] not in names]
+
+
+def take(guard: int) -> None:
+    """Take the guard; go on without after a while, or where it cannot be had."""
+    deadline = time.monotonic() + GUARD_TIMEOUT
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.005)
+
+
+def free(guard: int) -> None:
+    """Have others take the guard before it is closed."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(guard, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def reported_as(use: Use) -> Iterator[None]:
+    """Have what the system says reported as an error of the lock directory."""
+    try:
+        yield
+    except OSError as error:
+        # A program's own TimeoutError, for example, says nothing about the directory.
+        if error.errno is None:
+            raise
+        raise DirectoryError(use, error) from error
+
+
+def gone() -> FileNotFoundError:
+    """Return the error of the system for a file that is not there any more."""
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))

@@ -1,0 +1,98 @@
+"""What is set, made sense of. It knows no Avocado."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import math
+import os
+import re
+
+from avocado_vt_joblock import DIR, SECTION, TIMEOUT
+
+#: The plugin that takes the lock, before all others, and the one that gives it back,
+#: after all others.
+FIRST_PLUGIN = "vt-joblock"
+LAST_PLUGIN = "vt-joblock-release"
+#: The options of our section.
+KEYS = frozenset(["dir", "timeout"])
+
+#: "90", "2.5h".
+_TIME = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,12})?)(?P<unit>[smhd]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class OptionError(ValueError):
+    """An option that makes no sense.
+
+    :param option: its name as Avocado knows it
+    :param value: what is set
+    """
+
+    def __init__(self, option: str, value: object) -> None:
+        super().__init__(f"{option} = {value!r}")
+        self.option = option
+        self.value = value
+
+
+class OrderError(ValueError):
+    """The plugins of a job are in an order in which some run without the lock.
+
+    :param order: their names, as they are set
+    """
+
+    def __init__(self, order: list[str]) -> None:
+        super().__init__(str(order))
+        self.order = order
+        others = [name for name in order if name not in (FIRST_PLUGIN, LAST_PLUGIN)]
+        self.right_order = [FIRST_PLUGIN, *others]
+
+
+def check_order(order: list[str] | None) -> None:
+    """Check the order of plugins before and after a job, if one is set.
+
+    :param order: the names of some plugins; all others follow by their priorities
+    :raises OrderError: when some would run without the lock
+    """
+    if order and (order[0] != FIRST_PLUGIN or LAST_PLUGIN in order):
+        raise OrderError(order)
+
+
+def timeout(value: object) -> float:
+    """Return how long to wait for the lock, in seconds; infinity for -1.
+
+    :param value: what is set, for example "90", "2.5h" or "-1"
+    :raises OptionError: when that is no time
+    """
+    text = str(value).strip()
+    if text in ("-1", "-1.0"):
+        return math.inf
+    match = _TIME.fullmatch(text)
+    if not match:
+        raise OptionError(TIMEOUT, value)
+    return float(match["number"]) * _SECONDS[match["unit"]]
+
+
+def directory(value: object) -> str:
+    """Return the path of the lock directory, short of looking whether it is there.
+
+    :param value: what is set, for example "~/locks"
+    :raises OptionError: when that is no absolute path
+    """
+    path = os.path.expanduser(str(value))
+    if "\0" in path or not os.path.isabs(path):
+        raise OptionError(DIR, value)
+    return path
+
+
+def unknown_keys(paths: list[str]) -> list[str]:
+    """Return what config files set in our section though there is no such option.
+
+    :param paths: the config files that Avocado has read
+    """
+    parser = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+        parser.read(paths, encoding="utf-8")
+    if not parser.has_section(SECTION):
+        return []
+    return sorted(set(parser.options(SECTION)) - KEYS - set(parser.defaults()))

@@ -1,0 +1,319 @@
+"""What /proc tells of processes, as proc(5) describes it.
+
+A PID is a number in the PID namespace that this /proc shows, and a start time is a
+number of clock ticks since the host was booted. Together they name one process of this
+boot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+#: For how long to look again at what comes and goes, in seconds.
+SETTLE_TIMEOUT = 3.0
+#: How long to wait between two rounds, in seconds.
+ROUND_PAUSE = 0.005
+#: In the middle of an exec(2), and at its end, a process shows no environment. From
+#: this time on, in seconds, it is taken to have none.
+EXEC_TIME = 0.005
+#: The same where it shows no command line either: from then on it hangs there.
+BLANK_TIME = 0.5
+#: One look may fall into the exec of a process and a second one into its end.
+BLANK_LOOKS = 3
+
+#: PF_KTHREAD of the kernel's include/linux/sched.h, a flag in /proc/PID/stat.
+_KERNEL_THREAD = 0x00200000
+#: The user namespace in which a host boots: PROC_USER_INIT_INO of the kernel's
+#: include/linux/proc_ns.h. A map of user ids is no sign: any namespace may have them
+#: all.
+_FIRST_USER_NAMESPACE = "user:[4026531837]"
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What /proc/PID/stat tells of a process."""
+
+    pid: int
+    name: str
+    parent: int  # 0 if it has none in this namespace
+    started: int  # in ticks since boot
+    has_ended: bool
+    is_kernel_thread: bool
+
+    @property
+    def age(self) -> float:
+        """How long ago the process has started, in seconds."""
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return now - self.started / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, by all that can be read of it."""
+
+    stat: Stat
+    uid: int  # the effective user id; 0 where the process is not dumpable
+    command: bytes  # the words of its command line, each with a NUL at its end
+    environ: bytes | None  # the same of its environment; None where that is denied
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nobody can tell what it is: it hangs in an exec, or at its end."""
+        is_readable = self.environ == b"" and not self.stat.is_kernel_thread
+        return is_readable and not self.command
+
+
+def read_stat(pid: int) -> Stat:
+    """Read the status of a process.
+
+    :raises OSError: when there is no such process, or it is hidden
+    """
+    with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+        text = os.fsdecode(file.read())
+    # 4242 (qemu-system-x86) S 1 4242 4242 0 -1 4194560 9012 0 0 0 12 5 0 0 20 0 3 0
+    # 812345 ... The name, in parentheses, may hold anything, parentheses too.
+    head, _, tail = text.rpartition(")")
+    fields = tail.split()
+    state, parent, flags = fields[0], int(fields[1]), int(fields[6])
+    threads, started = int(fields[17]), int(fields[19])
+    return Stat(
+        pid=pid,
+        name=head.partition("(")[2],
+        parent=parent,
+        started=started,
+        # A process of which only the first thread has ended looks like a zombie, too.
+        has_ended=state in ("Z", "X") and threads <= 1,
+        is_kernel_thread=bool(flags & _KERNEL_THREAD),
+    )
+
+
+def is_running(pid: int, started: int) -> bool:
+    """Tell whether a process, named by PID and start time, has not ended."""
+    try:
+        stat = read_stat(pid)
+    except OSError:
+        return False
+    return stat.started == started and not stat.has_ended
+
+
+def own_pid() -> int:
+    """Return the PID of this process in the namespace that /proc shows.
+
+    :raises OSError: when /proc does not show this process
+    """
+    return int(os.readlink("/proc/self"))
+
+
+def shows_own_namespace() -> bool:
+    """Tell whether the PIDs in /proc are those that system calls use here."""
+    try:
+        return own_pid() == os.getpid()
+    except OSError:
+        return False
+
+
+def ancestors() -> set[int]:
+    """Return the PIDs of the parent of this process, of its parent, and so on.
+
+    It ends where /proc hides one, of another user for example.
+    """
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        pid = read_stat(own_pid()).parent
+        while pid and pid not in found:
+            found.add(pid)
+            pid = read_stat(pid).parent
+    return found
+
+
+def has_open(pid: int, file_name: str) -> bool:
+    """Tell whether a process has a file of this name open, in whatever directory.
+
+    The links of its descriptors are not followed: they may lead to storage that is
+    dead.
+
+    :raises PermissionError: when its descriptors may not be read
+    :raises OSError: when there is no such process
+    """
+    with os.scandir(f"/proc/{pid}/fd") as links:
+        return any(os.readlink(link).find(file_name) >= 0 for link in links)
+
+
+def read_command(pid: int) -> bytes:
+    """Return the command line of a process, each word with a NUL at its end."""
+    return _read_memory(pid, "cmdline") or b""
+
+
+def hides_others() -> bool:
+    """Tell whether /proc is mounted so that it hides processes of other users.
+
+    :raises OSError: when the mounts cannot be read
+    """
+    options = ""
+    with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            # proc /proc proc rw,nosuid,nodev,noexec,relatime,hidepid=invisible 0 0
+            fields = line.split(" ")
+            # Of several mounts there the last one is on top.
+            if fields[1] == "/proc":
+                options = fields[3]
+    return "hidepid=" in options
+
+
+def is_in_user_namespace() -> bool:
+    """Tell whether this process may be denied what its user may do on the host.
+
+    :raises OSError: when that cannot be read
+    """
+    try:
+        return os.readlink("/proc/self/ns/user") != _FIRST_USER_NAMESPACE
+    except FileNotFoundError:
+        return False  # The kernel has no user namespaces.
+
+
+class Scan:
+    """A bounded look at all processes but this one, as far as it has got.
+
+    It reads in a thread, which can be left behind: who reads the environment of a
+    process waits while its memory changes, and that may in turn wait for storage that
+    is dead.
+
+    :param since: a start time in ticks; what has started before is not read
+    :param visit: called once, in the thread, with each process that was read
+    :raises RuntimeError: when no thread can be started
+    """
+
+    def __init__(self, since: int, visit: Callable[[Process], None]) -> None:
+        self.since = since
+        self.is_complete = False  # whether no process can have been missed
+        self.denied: list[Process] = []  # those whose environment may not be read
+        self.hanging: Stat | None = None  # the process that was not read in time
+        self.problem: OSError | None = None  # why none can be seen
+        self.hides_others = False
+        self.is_in_user_namespace = False
+        self._visit = visit
+        self._failure: BaseException | None = None
+        self._has_seen_all = False
+        self._at: Stat | None = None  # the process that is being read
+        self._done: set[int] = set()
+        self._without_environ: dict[tuple[int, int], _Looks] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float) -> None:
+        """Wait until the scan is over, or until it is plain that a process hangs.
+
+        :param timeout: for how long, in seconds
+        :raises Exception: whatever nobody has foreseen in the thread
+        """
+        self._thread.join(timeout)
+        if self.is_running:
+            # It stays so: what the thread finds from now on may not be all.
+            self.hanging = self._at
+        else:
+            self.is_complete = self._has_seen_all
+        if self._failure:
+            raise self._failure
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its thread still waits for a process."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.hides_others = hides_others()
+            self.is_in_user_namespace = is_in_user_namespace()
+            self._done.add(own_pid())
+            deadline = time.monotonic() + SETTLE_TIMEOUT
+            while not self._has_seen_all and time.monotonic() < deadline:
+                self._has_seen_all = self._look_at_all()
+        except OSError as error:
+            self.problem = error
+        except BaseException as error:
+            self._failure = error
+
+    def _look_at_all(self) -> bool:
+        """Read what has not been read; return whether that is all there is."""
+        has_ended = False
+        listed = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+        # What is gone may have left its PID to another process.
+        self._done &= listed
+        for pid in listed - self._done:
+            try:
+                self._look_at(pid)
+            except (FileNotFoundError, ProcessLookupError):
+                # It may have started another one, which only the next round shows.
+                has_ended = True
+            except PermissionError:
+                # It is another user's, and hidden by hidepid=1.
+                self._done.add(pid)
+        is_all = not has_ended and listed <= self._done
+        if not is_all and not has_ended:
+            time.sleep(ROUND_PAUSE)
+        return is_all
+
+    def _look_at(self, pid: int) -> None:
+        """Read a process, and be done with it unless it is in the middle of an exec."""
+        stat = self._at = read_stat(pid)
+        if stat.started < self.since:
+            self._done.add(pid)
+            return
+        if stat.has_ended:
+            self._done.add(pid)
+            raise ProcessLookupError
+        command = read_command(pid)
+        environ = _read_memory(pid, "environ")
+        if environ == b"":
+            environ = _read_environ_of_threads(pid)
+        uid = os.stat(f"/proc/{pid}").st_uid
+        process = Process(stat, uid, command, environ)
+        if self._is_in_exec(process):
+            return
+        self._done.add(pid)
+        if environ is None:
+            self.denied.append(process)
+        self._visit(process)
+
+    def _is_in_exec(self, process: Process) -> bool:
+        stat = process.stat
+        if process.environ != b"" or stat.is_kernel_thread:
+            return False
+        now = time.monotonic()
+        looks = self._without_environ.setdefault((stat.pid, stat.started), _Looks(now))
+        looks.count += 1
+        limit = BLANK_TIME if process.is_blank else EXEC_TIME
+        return looks.count < BLANK_LOOKS or now - looks.first < limit
+
+
+@dataclass
+class _Looks:
+    """How often, and since when, a process has shown no environment."""
+
+    first: float
+    count: int = 0
+
+
+def _read_memory(pid: int | str, what: str) -> bytes | None:
+    """Read a file of /proc/PID that shows its memory; None where that is denied."""
+    try:
+        with open(f"/proc/{pid}/{what}", "rb", buffering=0) as file:
+            return file.readall()
+    except PermissionError:
+        return None
+    except ProcessLookupError:
+        return b""  # It has no memory any more, or is a thread of the kernel.
+
+
+def _read_environ_of_threads(pid: int) -> bytes:
+    """Return the environment that other threads show after the first one has ended."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        environ = _read_memory(f"{pid}/task/{thread}", "environ")
+        if environ:
+            return environ
+    return b""

@@ -1,0 +1,155 @@
+"""A stopped job: it undoes nothing, and is red in every result.
+
+At the end of each job Avocado calls ``post_tests`` of other plugins and runs post-job
+scripts, also of a job that was stopped before its tests. These could undo what the
+holder of the lock has set up: so a job without the lock is disarmed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from avocado_vt_joblock import DIR, messages
+
+if TYPE_CHECKING:
+    from avocado.core.job import Job
+
+#: The name of the only test that the results of a stopped job have.
+TEST_NAME = "vt-joblock"
+_JOB_FAIL = 2  # avocado.core.exit_codes.AVOCADO_JOB_FAIL
+_JOB_INTERRUPTED = 8  # avocado.core.exit_codes.AVOCADO_JOB_INTERRUPTED
+#: Set so, these make Avocado run no post-job script, and say nothing of that.
+_NO_SCRIPTS = {
+    "plugins.jobscripts.post": os.devnull,
+    "plugins.jobscripts.warn_non_existing_dir": False,
+}
+#: Where a job keeps what it was disarmed of, and what its results were before they
+#: showed that it was stopped: Avocado makes new plugins for each run of it.
+_DISARMED = "_vt_joblock_disarmed"
+_RESULTS = "_vt_joblock_results"
+
+
+def disarm(job: Job) -> None:
+    """Keep a job from undoing what the holder of the lock has set up."""
+    kept = vars(job)
+    if _DISARMED not in kept:
+        scripts = {key: job.config.get(key) for key in _NO_SCRIPTS}
+        kept[_DISARMED] = (job.post_tests, scripts)
+    kept["post_tests"] = lambda: None
+    job.config.update(_NO_SCRIPTS)
+
+
+def rearm(job: Job) -> None:
+    """Give a job back what it was disarmed of, if it was."""
+    kept = vars(job)
+    if _DISARMED in kept:
+        post_tests, scripts = kept[_DISARMED]
+        kept["post_tests"] = post_tests
+        job.config.update(scripts)
+        del kept[_DISARMED]
+
+
+def forget(job: Job) -> None:
+    """Have a job that was stopped before be as if it had not run yet."""
+    rearm(job)
+    results = vars(job).pop(_RESULTS, None)
+    if results:
+        job.status, shown = results
+        vars(job.result).update(shown)
+
+
+def stop(job: Job, error: BaseException) -> BaseException:
+    """Tell why a job is stopped, and have its results show that.
+
+    :param job: the job, which may be anything
+    :param error: what stops it
+    :return: the exception by which Avocado stops it
+    """
+    with contextlib.suppress(Exception):
+        disarm(job)
+    text = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(Exception):
+        text = messages.refusal(error, job.config.get(DIR), job.logfile)
+    unforeseen = error if messages.is_unforeseen(error) else None
+    messages.tell(text, logging.ERROR, loggers=(messages.JOB_LOG,), error=unforeseen)
+    with contextlib.suppress(Exception):
+        _show_in_results(job, text, messages.headline(error, text))
+    if isinstance(error, SystemExit):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        # For a KeyboardInterrupt Avocado would write a crash log.
+        return SystemExit(getattr(job, "exitcode", 0) | _JOB_INTERRUPTED)
+    return _exception_of_avocado(job, text)
+
+
+def _exception_of_avocado(job: Job, text: str) -> BaseException:
+    with contextlib.suppress(Exception):
+        from avocado.core import extension_manager
+        from avocado.core.exceptions import JobError
+
+        # From 105.0 on Avocado lets these out of a plugin.
+        if hasattr(extension_manager, "JobBaseException"):
+            return JobError(text)
+    messages.tell(text, logging.ERROR, loggers=(messages.USER_LOG,))
+    return SystemExit(getattr(job, "exitcode", 0) | _JOB_FAIL)
+
+
+def _show_in_results(job: Any, text: str, headline: str) -> None:
+    """Have the results of a job that runs no test show an error: some read no more."""
+    from avocado.core.test_id import TestID
+
+    class LockID(TestID):
+        """What Avocado's summary shows beside ERROR."""
+
+        def __str__(self) -> str:
+            return messages.TEST_ID
+
+    name = LockID(0, TEST_NAME)
+    now = time.time()
+    logdir = os.path.join(job.test_results_path, name.str_filesystem)
+    log = os.path.join(logdir, "debug.log")
+    os.makedirs(logdir, exist_ok=True)
+    with open(log, "w", encoding="utf-8", errors="replace") as file:
+        file.write(f"{text}\n")
+    state = {
+        "name": name,
+        "class_name": TEST_NAME,
+        "status": "ERROR",
+        "fail_class": "JobError",
+        "fail_reason": headline,
+        "traceback": text,
+        "logdir": logdir,
+        "logfile": log,
+        "time_start": now,
+        "time_end": now,
+        "actual_time_start": now,
+        "actual_time_end": now,
+        "time_elapsed": 0.0,
+    }
+    result = job.result
+    shown = {**vars(result), "tests": list(result.tests)}
+    vars(job)[_RESULTS] = (job.status, shown)
+    result.tests_total = 1
+    result.check_test(state)
+    # Of a job whose status is ERROR there would be no report in HTML.
+    job.status = "INTERRUPTED"
+    _show_in_tap(job, state)
+
+
+def _show_in_tap(job: Job, state: dict[str, Any]) -> None:
+    """Have Avocado's own plugin for TAP write, which else does so at events only.
+
+    It is a new one: that of the job would have no files if the job runs again.
+    """
+    from avocado.plugins.tap import TAPResult
+
+    if "result_events.tap" in job.config.get("plugins.disable", []):
+        return
+    tap = TAPResult(job.config)
+    tap.pre_tests(job)
+    tap.end_test(job.result, state)
+    tap.post_tests(job)
