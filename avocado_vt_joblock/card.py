@@ -20,9 +20,13 @@ import errno
 import functools
 import os
 import re
+import time
 from dataclasses import dataclass
 
 from avocado_vt_joblock import procfs
+
+#: How far the clocks that date a file and a process may be apart, in seconds.
+CLOCK_SLACK = 10.0
 
 #: Host, boot, PID namespace, PID, start time. A minus before the start time says that
 #: the job has left its lock file: "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
@@ -72,6 +76,14 @@ class Card:
         return self.is_of_this_boot and is_same
 
     @property
+    def start_here(self) -> int:
+        """When the job's own process started, in ticks of this boot; 0 if unknown."""
+        started = self.identity.started
+        # Who made the card may be in a time namespace, where the ticks are others.
+        is_early_enough = time.time() - procfs.age(started) <= self.came + CLOCK_SLACK
+        return started if self.is_of_this_boot and is_early_enough else 0
+
+    @property
     def writer_lives(self) -> bool:
         """Whether the job's own process is seen here, and has not left the file."""
         if self.has_left or not self.is_of_this_pid_namespace:
@@ -101,7 +113,7 @@ def own_start() -> int:
 
 @functools.lru_cache(maxsize=1)
 def _identity(pid: int, pid_namespace: int, host: str) -> Identity:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
         # 1a2b3c4d-5e6f-4a1b-8c2d-3e4f5a6b7c8d
         boot = file.read(8)
     started = procfs.read_stat(procfs.own_pid()).started

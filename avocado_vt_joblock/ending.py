@@ -49,7 +49,7 @@ def _wait_for_the_rest(lock: JobLock, *, tests_only: bool) -> Leftovers:
     left = lock.find_leftovers(tests_only=tests_only, timeout=END_TIMEOUT)
     if left.processes:
         messages.tell(messages.ending(left, END_TIMEOUT))
-    while not left.is_nothing:
+    while left.processes or (left.obstacle and left.obstacle.may_pass):
         _wait_for(left, deadline - LAST_LOOK_TIME)
         time_left = deadline - time.monotonic()
         if time_left <= 0:

@@ -129,6 +129,11 @@ class Obstacle(enum.Enum):
     GUESTS_OF_OTHERS = enum.auto()  # an ordinary user sees another one's tests only
     INTERRUPTED = enum.auto()  # Ctrl-C has ended the look
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether the next look may see more."""
+        return self in (Obstacle.NO_THREAD, Obstacle.HANGING, Obstacle.RESTLESS)
+
 
 @dataclass(frozen=True)
 class Leftovers:
@@ -286,7 +291,7 @@ def _job_id_in(command: bytes) -> str:
 def _is_helper(words: list[str], stat: procfs.Stat) -> bool:
     """Tell whether a command line is of one of the ``HELPERS``."""
     name = os.path.basename(_program(words))
-    if name == "aexpect_helper" and stat.age <= HELPER_START:
+    if name == "aexpect_helper" and procfs.age(stat.started) <= HELPER_START:
         return False
     return name in HELPERS
 

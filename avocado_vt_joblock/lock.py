@@ -195,7 +195,7 @@ class JobLock:
 
     def _check_turn(self, names: set[str]) -> None:
         """Give up if jobs wait that came before this one."""
-        own_card = self._own_card()
+        own_card = self._own_card() if lockdir.orphans(names) else None
         if not own_card:
             return
         own_turn = (own_card.came, self._name)

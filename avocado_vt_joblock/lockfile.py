@@ -34,8 +34,6 @@ NAME = re.compile(
 )
 #: How long to wait for files that are under a lease, all together, in seconds.
 OPEN_TIMEOUT = 1.0
-#: How far the clocks that date a file and a process may be apart, in seconds.
-CLOCK_SLACK = 10.0
 
 #: "4242\n\n". The empty line tells that the writer has a kernel lock on the file for as
 #: long as it lives. avocado-vt writes "4242", and reads the PID with int(), which does
@@ -130,9 +128,7 @@ class LockFile:
     @property
     def trace(self) -> leftovers.Trace:
         """By what the processes of its job are known."""
-        since = 0
-        if self.own_card and self.own_card.is_of_this_boot:
-            since = self.own_card.identity.started
+        since = self.own_card.start_here if self.own_card else 0
         return leftovers.Trace(self.name, self.job_id, self.uid, since)
 
 
@@ -303,7 +299,7 @@ def _may_have_written(file: LockFile, *, is_held: bool) -> bool:
             return procfs.has_open(file.pid, file.name)
         except PermissionError:
             pass  # It is another user's.
-    return time.time() - process.age <= file.since + CLOCK_SLACK
+    return time.time() - procfs.age(process.started) <= file.since + card.CLOCK_SLACK
 
 
 def _has_started_this(file: LockFile) -> bool:
@@ -329,8 +325,8 @@ def _state_by(left: Leftovers) -> State:
         return State.OUTER
     if left.processes:
         return State.LIVE
-    if left.obstacle in (Obstacle.HANGING, Obstacle.RESTLESS, Obstacle.NO_THREAD):
-        return State.NOT_NOW
     if left.obstacle in (None, Obstacle.GUESTS_OF_OTHERS):
         return State.STALE
+    if left.obstacle.may_pass:
+        return State.NOT_NOW
     return State.UNKNOWN

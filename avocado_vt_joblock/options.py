@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import configparser
-import contextlib
 import math
 import os
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from avocado_vt_joblock import DIR, SECTION, TIMEOUT
 
@@ -85,14 +86,23 @@ def directory(value: object) -> str:
     return path
 
 
-def unknown_keys(paths: list[str]) -> list[str]:
+def unknown_keys(config: Any) -> list[str]:
     """Return what config files set in our section though there is no such option.
 
-    :param paths: the config files that Avocado has read
+    :param config: what Avocado has read from files: a ``ConfigParser`` in older
+        versions, in newer ones a mapping from "SECTION.KEY"
     """
-    parser = configparser.ConfigParser(interpolation=None)
-    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
-        parser.read(paths, encoding="utf-8")
-    if not parser.has_section(SECTION):
-        return []
-    return sorted(set(parser.options(SECTION)) - KEYS - set(parser.defaults()))
+    if isinstance(config, configparser.ConfigParser):
+        keys = set(config[SECTION]) if SECTION in config else set()
+        return sorted(keys - KEYS - set(config.defaults()))
+    unknown = _keys_in(SECTION, config) - KEYS
+    if unknown:
+        unknown -= _keys_in("DEFAULT", config)
+    return sorted(unknown)
+
+
+def _keys_in(section: str, names: Iterable[str]) -> set[str]:
+    start = f"{section}."
+    keys = {name[len(start) :] for name in names if name.startswith(start)}
+    # Those with a dot are of sections whose name is longer.
+    return {key for key in keys if "." not in key}

@@ -72,20 +72,14 @@ class VTJobUnlock(JobPost):
 
         :param job: the job that has ended, in whatever way
         """
-        lock: JobLock | None = vars(job).get(_LOCK)
-        if not lock:
-            return
         try:
             refusal.rearm(job)
-            if lock.held:
-                # What a passed test leaves is left on purpose. Where guests are kept,
-                # avocado-vt leaves them for the next job.
-                keeps_guests = job.config.get("vt.setup.keep_guest_running") is True
-                looks = not _all_passed(job)
-                ending.give_back(lock, looks=looks, tests_only=keeps_guests)
+            _give_back(job)
         finally:
             # After one Ctrl-C too many the next job judges what is left.
-            lock.abandon()
+            lock: JobLock | None = vars(job).get(_LOCK)
+            if lock:
+                lock.abandon()
 
 
 def _tests(job: Job) -> list[Runnable]:
@@ -113,10 +107,10 @@ def _acquire(job: Job) -> None:
     # Its program may run a job again that was stopped.
     refusal.forget(job)
     refusal.disarm(job)
-    settings = _settings_of(job)
-    options.check_order(settings.get("plugins.job.prepost.order"))
-    timeout = options.timeout(settings[TIMEOUT])
-    directory = options.directory(settings[DIR])
+    config = _config_of(job)
+    options.check_order(config.get("plugins.job.prepost.order"))
+    timeout = options.timeout(config[TIMEOUT])
+    directory = options.directory(config[DIR])
     lock = JobLock(directory, str(job.unique_id))
     # Before the first attempt: to give back what is not held does no harm.
     vars(job)[_LOCK] = lock
@@ -125,16 +119,15 @@ def _acquire(job: Job) -> None:
     refusal.rearm(job)
 
 
-def _settings_of(job: Job) -> dict[str, Any]:
+def _config_of(job: Job) -> dict[str, Any]:
     """Return what is set for a job."""
-    from avocado.core.settings import settings
-
-    today: dict[str, Any] = settings.as_dict()
-    if job.config.get("job.replay.enabled"):
+    config: dict[str, Any] = job.config
+    if config.get("job.replay.enabled"):
         # Its configuration is the one of the job that it replays, maybe of long ago.
-        return today
-    order = today.get("plugins.job.prepost.order")
-    return {**job.config, "plugins.job.prepost.order": order}
+        from avocado.core.settings import settings
+
+        config = settings.as_dict()
+    return config
 
 
 def _warn(directory: str) -> None:
@@ -145,8 +138,19 @@ def _warn(directory: str) -> None:
     # By inode(7) only the sticky bit keeps others from removing what is not theirs.
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         messages.tell(messages.no_sticky_bit(directory))
-    for key in options.unknown_keys(settings.config_paths):
+    for key in options.unknown_keys(settings.config):
         messages.tell(messages.unknown_key(key))
+
+
+def _give_back(job: Job) -> None:
+    """Give the lock back if the job has it."""
+    lock: JobLock | None = vars(job).get(_LOCK)
+    if lock and lock.held:
+        # What a passed test leaves is left on purpose. Where guests are kept,
+        # avocado-vt leaves them for the next job.
+        keeps_guests = job.config.get("vt.setup.keep_guest_running") is True
+        looks = not _all_passed(job)
+        ending.give_back(lock, looks=looks, tests_only=keeps_guests)
 
 
 def _all_passed(job: Job) -> bool:

@@ -45,12 +45,6 @@ class Stat:
     has_ended: bool
     is_kernel_thread: bool
 
-    @property
-    def age(self) -> float:
-        """How long ago the process has started, in seconds."""
-        now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        return now - self.started / os.sysconf("SC_CLK_TCK")
-
 
 @dataclass(frozen=True)
 class Process:
@@ -66,6 +60,12 @@ class Process:
         """Whether nobody can tell what it is: it hangs in an exec, or at its end."""
         is_readable = self.environ == b"" and not self.stat.is_kernel_thread
         return is_readable and not self.command
+
+
+def age(started: int) -> float:
+    """Return how long ago a start time was, in seconds."""
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return now - started / os.sysconf("SC_CLK_TCK")
 
 
 def read_stat(pid: int) -> Stat:

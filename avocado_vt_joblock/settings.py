@@ -15,9 +15,11 @@ from avocado.core.plugin_interfaces import Init, Settings
 
 from avocado_vt_joblock import SECTION, data_file
 
-#: The administrator's config file.
+#: The administrator's config file. avocado-vt's RPM brings one, too.
 ADMIN_FILE = "/etc/avocado/conf.d/vt_joblock.conf"
-#: Where the wheel puts the package's own config file, below the prefix of Python.
+#: Where this package's RPM puts its own config file.
+PACKAGED_FILE = "/etc/avocado/conf.d/vt_joblock_defaults.conf"
+#: Where the wheel puts the same, below the prefix of Python.
 INSTALLED_FILE = "etc/avocado/conf.d/vt_joblock.conf"
 
 _DIR_HELP = """Directory in which a job with VT tests looks for the lock file of another
@@ -47,7 +49,7 @@ class VTJobLockInit(Init):
 
 
 class VTJobLockSettings(Settings):
-    """Has Avocado read the config file that was installed with this package."""
+    """Has Avocado read the config file of this package, wherever that is."""
 
     name = "vt-joblock"
     description = "Avocado-VT Job Lock/Unlock config file"
@@ -55,22 +57,32 @@ class VTJobLockSettings(Settings):
     priority = 0
 
     def adjust_settings_paths(self, paths: list[str]) -> None:
-        """Put the installed config file first, so that every other one wins over it.
+        """Put the files of this package first, so that every other one wins over them.
 
-        Avocado finds that file by itself in an activated virtual environment only.
-        There it does not read the administrator's file. That comes second then, so that
-        jobs of one machine do not have different lock directories:
+        Avocado finds the installed one by itself in an activated virtual environment
+        only, and puts the files of conf.d in no certain order. In an activated
+        environment it does not read the administrator's file. That comes second then,
+        so that jobs of one machine do not have different lock directories:
 
-        not activated: PREFIX/etc/avocado/conf.d/vt_joblock.conf, ... (/etc/avocado/...
-        is among them) activated: VIRTUAL_ENV/etc/avocado/conf.d/vt_joblock.conf,
-        /etc/avocado/conf.d/vt_joblock.conf, ... (VIRTUAL_ENV/etc/avocado/...)
+        not activated:
+            PREFIX/etc/avocado/conf.d/vt_joblock.conf (of pip),
+            /etc/avocado/conf.d/vt_joblock_defaults.conf (of the RPM),
+            ... (/etc/avocado/conf.d/vt_joblock.conf is among them)
+        activated:
+            VIRTUAL_ENV/etc/avocado/conf.d/vt_joblock.conf (of pip),
+            /etc/avocado/conf.d/vt_joblock_defaults.conf (of the RPM),
+            /etc/avocado/conf.d/vt_joblock.conf,
+            ...
 
         :param paths: the config files that Avocado will read, in order; changed here
         """
         first = []
         installed = data_file(INSTALLED_FILE)
+        # Below the prefix / it is the administrator's.
         if installed and installed != ADMIN_FILE:
             first.append(installed)
+        if os.path.isfile(PACKAGED_FILE):
+            first.append(PACKAGED_FILE)
         if ADMIN_FILE not in paths and os.path.isfile(ADMIN_FILE):
             first.append(ADMIN_FILE)
         others = [path for path in paths if not _is_one_of(path, first)]
@@ -89,6 +101,9 @@ def _is_one_of(path: str, files: list[str]) -> bool:
 
     An environment may be activated by a symbolic link to it.
     """
-    if not path.endswith("/vt_joblock.conf") or not os.path.exists(path):
+    name = os.path.basename(path)
+    if name not in ("vt_joblock.conf", "vt_joblock_defaults.conf"):
+        return False
+    if not os.path.exists(path):
         return False
     return any(os.path.samefile(path, file) for file in files)

@@ -15,8 +15,12 @@ PROJECT = HERE.parent
 
 
 def run(*command: str | Path, **variables: str | Path) -> str:
-    """Run a command without downloads and the caller's variables; return what it prints."""
-    kept = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    """Run a command without downloads and the caller's variables.
+
+    :return: what it prints
+    """
+    path = os.environ["PATH"]
+    kept = {"PATH": path, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, check=False, env={**kept, **variables}, **streams)
     assert done.returncode == 0, done.stdout
@@ -25,18 +29,22 @@ def run(*command: str | Path, **variables: str | Path) -> str:
 
 def copy_sources(directory: Path) -> None:
     """Make a checkout of its own, since a build leaves files beside the sources."""
-    made = shutil.ignore_patterns(".*", "__pycache__", "_build", "build", "dist", "rpmbuild")
-    shutil.copytree(PROJECT, directory, ignore=made)
+    left = (".*", "__pycache__", "_build", "build", "dist", "rpmbuild")
+    shutil.copytree(PROJECT, directory, ignore=shutil.ignore_patterns(*left))
 
 
 def install(python: Path, *arguments: str | Path, **variables: str | Path) -> None:
-    """Install something in an environment, which needs no pip of its own, without what it needs."""
-    pip = (sys.executable, "-m", "pip", "--python", python, "--quiet", "install", "--no-deps")
-    run(*pip, *arguments, **variables)
+    """Install something in an environment, without what it needs.
+
+    The environment needs no pip of its own.
+    """
+    pip = (sys.executable, "-m", "pip", "--python", python, "--quiet")
+    run(*pip, "install", "--no-deps", *arguments, **variables)
 
 
 def new_environment(directory: Path, packages: Path, system: bool = False) -> Path:
-    """Make an environment that shares a directory of packages, and return its interpreter."""
+    """Make an environment that shares a directory of packages, and return its
+    interpreter."""
     venv.create(directory, symlinks=True, system_site_packages=system)
     (site,) = directory.glob("lib/python*/site-packages")
     (site / "shared.pth").write_text(f"{packages}\n")

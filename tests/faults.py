@@ -1,38 +1,62 @@
-"""Stand between the lock and the system: to note its calls, stop at them, or have them fail."""
+"""Stand between the lock and the system: note its calls, stop there, let them fail."""
 
 import contextlib
 import fcntl
 import functools
+import io
 import itertools
 import os
 import time
 from types import SimpleNamespace
 from unittest import mock
 
-from avocado_vt_joblock import lock, lockfile, processes
+from avocado_vt_joblock import card, leftovers, lock, lockdir, lockfile, procfs
 
+ROOMS = (lock, lockdir, lockfile, card, leftovers, procfs)
 # What it does beyond these is to read files of /proc.
 CALLS = {
-    *("open", "write", "fchmod", "rename", "scandir", "listdir", "fstat", "read", "close"),
-    *("unlink", "kill", "lstat", "flock", "fcntl", "sleep"),
+    *("open", "write", "fchmod", "rename", "scandir", "listdir", "fstat", "read"),
+    *("close", "unlink", "kill", "lstat", "flock", "fcntl", "sleep"),
+    *("symlink", "readlink", "utime", "stat"),
 }
 
 
 def _module(real, hook):
     def hooked(name, call):
-        return lambda *args, **options: hook(name, functools.partial(call, *args, **options))
+        return lambda *args, **options: hook(
+            name, functools.partial(call, *args, **options)
+        )
 
-    calls = {name: hooked(name, call) for name, call in vars(real).items() if name in CALLS}
+    calls = {
+        name: hooked(name, call) for name, call in vars(real).items() if name in CALLS
+    }
     return SimpleNamespace(**{**vars(real), **calls})
+
+
+def _module_io(hook):
+    class File(io.FileIO):
+        """Its opening is a call of os.open() already."""
+
+        def close(self):
+            # It may be closed later, when nobody intercepts any more.
+            if self.closed or lock.io.FileIO is not File:
+                super().close()
+            else:
+                hook("close", functools.partial(super().close))
+
+    return SimpleNamespace(**{**vars(io), "FileIO": File})
 
 
 @contextlib.contextmanager
 def intercepted(hook):
-    """Have a hook be given each system call of the package: its name, and what does it."""
+    """Have a hook be given each system call of the package: its name, what does it."""
     with contextlib.ExitStack() as stack:
-        for room, real in itertools.product((lock, lockfile, processes), (os, fcntl, time)):
+        for room, real in itertools.product(ROOMS, (os, fcntl, time)):
             if hasattr(room, real.__name__):
-                stack.enter_context(mock.patch.object(room, real.__name__, _module(real, hook)))
+                stack.enter_context(
+                    mock.patch.object(room, real.__name__, _module(real, hook))
+                )
+        stack.enter_context(mock.patch.object(lock, "io", _module_io(hook)))
         yield
 
 

@@ -1,7 +1,7 @@
 """Ctrl-C at every line of what Avocado calls: ``interruptions.py DIRECTORY CASE``.
 
-The job has what the plugin uses of one: with real ones this would take an hour. It prints how many
-lines there were.
+The job has what the plugin uses of one: with real ones this would take an hour. It
+prints how many lines there were.
 """
 
 import linecache
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from avocado.core.result import Result
 
-from avocado_vt_joblock import lock, plugin
+from avocado_vt_joblock import leftovers, lock, lockdir, plugin
 
 PACKAGE = plugin.__file__.rpartition("/")[0]
 LIMIT = 10_000
@@ -23,15 +23,19 @@ class CtrlC:
 
     def __init__(self, line):
         self.left = line
+        self.place = None
 
     def __call__(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        path = frame.f_code.co_filename
+        if not path.startswith(PACKAGE):
             return None
-        # Python does not look for signals at "try:", nor between the end of a "with" and its exit.
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split()
+        # Python does not look for signals at "try:", nor between the end of a "with"
+        # and its exit.
+        line = linecache.getline(path, frame.f_lineno).split()
         if event == "line" and line[0] not in ("try:", "with"):
             self.left -= 1
             if self.left == 0:
+                self.place = f"{path}:{frame.f_lineno}"
                 raise KeyboardInterrupt
         return self
 
@@ -39,16 +43,28 @@ class CtrlC:
 def new_job(directory, status="PASS"):
     result = Result("0" * 40, "job.log")
     result.tests = [{"status": status}]
-    config = {"plugins.vtjoblock.dir": directory, "plugins.vtjoblock.timeout": "0", SCRIPTS: "x"}
-    suites = [SimpleNamespace(enabled=True, tests=[SimpleNamespace(kind="avocado-vt")])]
-    job = SimpleNamespace(unique_id="0" * 40, config=config, test_suites=suites, result=result)
-    job.status, job.exitcode, job.logdir, job.logfile, job.undone = "PASS", 0, "", "", []
+    tests = [SimpleNamespace(kind="avocado-vt")]
+    job = SimpleNamespace(
+        unique_id="0" * 40,
+        config={
+            "plugins.vtjoblock.dir": directory,
+            "plugins.vtjoblock.timeout": "0",
+            SCRIPTS: "x",
+        },
+        test_suites=[SimpleNamespace(enabled=True, tests=tests)],
+        result=result,
+        status="PASS",
+        exitcode=0,
+        logdir="",
+        logfile="",
+        undone=[],
+    )
     job.post_tests = lambda: job.undone.append("post_tests")
     return job
 
 
 def run(job, pre=0, post=0):
-    """Run a job as Avocado does, with Ctrl-C at a line; return how many lines were left to that."""
+    """Run a job as Avocado does, with Ctrl-C at a line; return where that came."""
 
     def attempt(call, ctrl_c):
         sys.settrace(ctrl_c)
@@ -66,7 +82,7 @@ def run(job, pre=0, post=0):
     if job.config[SCRIPTS] == "x":
         job.undone.append("scripts")
     attempt(plugin.VTJobUnlock().post, in_post)
-    return in_pre.left if pre else in_post.left
+    return in_pre if pre else in_post
 
 
 def main(directory, case):
@@ -76,28 +92,33 @@ def main(directory, case):
     holder = lock.JobLock(directory, "1" * 40)
     if case == "pre beside a holder":
         holder.acquire()
+    marks = leftovers.own_marks()
     # At worst one keeps the guard, and others wait for it in vain.
-    lock.GUARD_TIMEOUT = 0.001
+    lockdir.GUARD_TIMEOUT = 0.001
     before = published()
     phase, _, rest = case.partition(" ")
     status = "FAIL" if rest == "FAIL" else "PASS"
-    lines = LIMIT - run(new_job(directory, status), **{phase: LIMIT})
+    lines = LIMIT - run(new_job(directory, status), **{phase: LIMIT}).left
     for line in range(1, lines + 1):
         job = new_job(directory, status)
-        if run(job, **{phase: line}):
+        place = run(job, **{phase: line}).place
+        if not place:
             continue  # Not every run is as long.
         if phase == "pre":
-            assert job.undone == [], (line, job.undone)
-            assert published() == before, (line, published())
+            assert job.undone == [], (place, job.undone)
+            assert published() == before, (place, published())
         else:
             # The file may stay: nobody may have looked for what is left.
-            assert job.undone == ["post_tests", "scripts"], (line, job.undone)
+            assert job.undone == ["post_tests", "scripts"], (place, job.undone)
+            assert {type(error) for error in job.errors} <= {KeyboardInterrupt}, place
+        assert leftovers.own_marks() == marks, place
         # The process goes on, and does not keep the lock; the same job may run again.
         job.undone.clear()
         run(job)
-        assert bool(job.errors) == holder.held, line
-        assert job.undone == ([] if holder.held else ["post_tests", "scripts"]), line
-        assert published() == before, (line, published())
+        assert bool(job.errors) == holder.held, (place, job.errors)
+        expected = [] if holder.held else ["post_tests", "scripts"]
+        assert job.undone == expected, (place, job.undone)
+        assert published() == before, (place, published())
     print(f"{lines} lines")
 
 

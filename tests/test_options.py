@@ -1,5 +1,6 @@
 """What is set, made sense of."""
 
+import configparser
 import math
 
 import pytest
@@ -87,14 +88,31 @@ def test_order_in_which_some_run_without_the_lock(order, right):
     assert caught.value.right_order == right
 
 
-def test_unknown_keys(tmp_path):
-    one, other, broken = (tmp_path / name for name in ("one", "other", "broken"))
-    one.write_text("[DEFAULT]\nx = 1\n[plugins.vtjoblock]\nDir = /tmp\ntimout = 30%\n")
-    other.write_text(
-        "[plugins.vtjoblock]\ntimeout = 1\n[plugins.other]\nwhatever = 1\n"
-    )
-    broken.write_text("no section")
-    assert options.unknown_keys([str(one), str(other)]) == ["timout"]
-    assert options.unknown_keys([str(other), str(tmp_path / "none")]) == []
-    # Avocado itself does not start with such a file.
-    assert options.unknown_keys([str(broken)]) == []
+FILES = """
+[DEFAULT]
+x = 1
+[plugins.vtjoblock]
+Dir = /tmp
+timout = 30
+[plugins.vtjoblock.more]
+y = 1
+[plugins.other]
+whatever = 1
+"""
+
+
+def as_older_avocado(text):
+    parser = configparser.ConfigParser()
+    parser.read_string(text)
+    return parser
+
+
+def as_newer_avocado(text):
+    parser = as_older_avocado(text)
+    return {f"{section}.{key}": "" for section in parser for key in parser[section]}
+
+
+@pytest.mark.parametrize("read", [as_older_avocado, as_newer_avocado])
+def test_unknown_keys(read):
+    assert options.unknown_keys(read(FILES)) == ["timout"]
+    assert options.unknown_keys(read("[plugins.other]\nwhatever = 1\n")) == []

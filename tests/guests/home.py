@@ -1,4 +1,5 @@
-"""A HOME in which avocado-vt is bootstrapped, and runs VT tests with real QEMU guests."""
+"""A HOME in which avocado-vt is bootstrapped, and runs VT tests with real QEMU
+guests."""
 
 from __future__ import annotations
 
@@ -33,13 +34,20 @@ sandbox = off
 #: What avocado-vt asks for, and the packages of Debian that have it.
 TOOLS = "qemu-system-x86_64 qemu-img qemu-io tcpdump ip arping nc xz diff gcc"
 PACKAGES = (
-    "qemu-system-x86 qemu-utils tcpdump iproute2 arping nmap p7zip-full netcat-openbsd xz-utils gcc"
+    "qemu-system-x86 qemu-utils tcpdump iproute2 arping nmap p7zip-full "
+    "netcat-openbsd xz-utils gcc"
 )
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-#: What the command line of a test has, which names all the others, too; that of two helpers of
-#: avocado-vt that touch no image; and that of a guest.
-KINDS = TEST, HELPER, SNIFFER, GUEST = " task-run ", "aexpect_helper", "tcpdump", "/qemu-system"
-#: An environment variable of a job with a guest, which all that descends from it inherits.
+#: What the command line of a test has, which names all the others, too; that of two
+#: helpers of avocado-vt that touch no image; and that of a guest.
+KINDS = TEST, HELPER, SNIFFER, GUEST = (
+    " task-run ",
+    "aexpect_helper",
+    "tcpdump",
+    "/qemu-system",
+)
+#: An environment variable of a job with a guest, which all that descends from it
+#: inherits.
 VARIABLE = "VT_JOBLOCK_TEST"
 
 
@@ -53,7 +61,9 @@ class GuestHome(Sandbox):
         super().__init__(root)
         (self.bin / "tcpdump").unlink()
         (self.bin / "qemu-kvm").unlink()
-        (self.bin / "qemu-kvm").symlink_to(str(shutil.which("qemu-system-x86_64", path=PATH)))
+        (self.bin / "qemu-kvm").symlink_to(
+            str(shutil.which("qemu-system-x86_64", path=PATH))
+        )
         shutil.copytree(HERE / "provider", root / "provider", dirs_exist_ok=True)
         (root / "tmp").mkdir()
         data = self.home / "avocado/data/avocado-vt"
@@ -63,12 +73,15 @@ class GuestHome(Sandbox):
         for provider in (data / "virttest/test-providers.d").glob("io-github-*.ini"):
             provider.unlink()
         self.image = data / "images/jeos-27-x86_64.qcow2"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", self.image, "16M"], check=True)
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", self.image, "16M"], check=True
+        )
         self.image_before = self.image.read_bytes()
 
 
 class GuestJob:
-    """A job whose test holds a guest until it is told to end, and others that want its lock."""
+    """A job whose test holds a guest until it is told to end, and others that want its
+    lock."""
 
     def __init__(self, home: GuestHome, config: str = "", **parameters: str) -> None:
         home.configure(CONFIG.format(home=home) + config)
@@ -89,12 +102,18 @@ class GuestJob:
         assert home.image.read_bytes() != home.image_before
 
     def living(self) -> dict[int, str]:
-        """Of the processes of this job the kinds, or else the command lines, by their PIDs."""
+        """Of the processes of this job the kinds, or else the command lines, by their
+        PIDs."""
         mark = f"{VARIABLE}={self.home.root}".encode()
-        ours = processes(lambda entry: mark in (entry / "environ").read_bytes().split(b"\0"))
-        lines = {pid: os.fsdecode(line).replace("\0", " ") for pid, line in ours.items()}
+        ours = processes(
+            lambda entry: mark in (entry / "environ").read_bytes().split(b"\0")
+        )
+        lines = {
+            pid: os.fsdecode(line).replace("\0", " ") for pid, line in ours.items()
+        }
         return {
-            pid: next((kind for kind in KINDS if kind in line), line) for pid, line in lines.items()
+            pid: next((kind for kind in KINDS if kind in line), line)
+            for pid, line in lines.items()
         }
 
     def running(self, *kinds: str) -> set[int]:
@@ -106,14 +125,16 @@ class GuestJob:
                 os.kill(pid, signum)
 
     def another_runs(self) -> bool:
-        """Start another job; assert that it runs if nothing of this one does, and only then."""
+        """Start another job; assert that it runs if nothing of this one does, and only
+        then."""
         self.others += 1
         test = self.home.vt_test(f"other{self.others}").end()
         looks = [self._look()]
         other = self.home.run(test)
         began = 0.0
         while other.poll() is None:
-            # Not when the test itself begins: before, avocado-vt may end a guest of another job.
+            # Not when the test itself begins: before, avocado-vt may end a guest of
+            # another job.
             if not began and running_tests(other):
                 began = time.monotonic()
             looks.append(self._look())
@@ -142,27 +163,42 @@ class GuestJob:
         return {pid for pid, kind in living.items() if kind in kinds}
 
     def _assert_true(self, text: str, looks: list[dict[int, str]]) -> None:
-        """Assert that a refusal names what keeps the lock, and says to kill nothing else."""
+        """Assert that a refusal names what keeps the lock, and says to kill nothing
+        else."""
         ever = {pid: kind for look in looks for pid, kind in look.items()}
         always = {pid: ever[pid] for pid in set.intersection(*map(set, looks))}
-        named = {int(pid) for pid in re.findall(r"^ +(?:PID: +)?(\d+)\b", text, re.MULTILINE)}
+        named = {
+            int(pid)
+            for pid in re.findall(r"^ +(?:PID: +)?(\d+)(?:  |$)", text, re.MULTILINE)
+        }
         # A young helper may be about to start a guest.
         helpers = {pid for pid, kind in ever.items() if kind == HELPER}
         assert named & (self._counting(ever) | helpers), f"none of {ever}: {text}"
-        assert not named & {pid for pid, kind in looks[0].items() if kind == SNIFFER}, text
+        assert not named & {pid for pid, kind in looks[0].items() if kind == SNIFFER}, (
+            text
+        )
         if "another job holds the lock" in text:
             assert named == {self.avocado.pid} <= looks[0].keys(), text
         else:
-            assert self._counting(always) - {self.avocado.pid} <= named, f"{always}: {text}"
+            assert self._counting(always) - {self.avocado.pid} <= named, (
+                f"{always}: {text}"
+            )
         # A test ends its guest by itself, and restores images.
         if TEST in always.values():
             assert not advice(text), text
         elif self.avocado.pid not in ever and TEST not in ever.values():
-            # In the middle of an exec any process may be one: it is shown with brackets.
-            unclear = "There may be more" in text or re.search(r"^ +\d+  \[", text, re.MULTILINE)
+            # In the middle of an exec any process may be one: it is shown with
+            # brackets.
+            unclear = "There may be more" in text or re.search(
+                r"^ +\d+  \[", text, re.MULTILINE
+            )
             assert advice(text) == named or unclear, text
 
 
 def advice(text: str) -> set[int]:
     """The PIDs that a refusal says to kill."""
-    return {int(pid) for line in re.findall(r"^ +kill (.+)$", text, re.M) for pid in line.split()}
+    return {
+        int(pid)
+        for line in re.findall(r"^ +kill (.+)$", text, re.MULTILINE)
+        for pid in line.split()
+    }

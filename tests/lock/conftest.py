@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from others import job_id
+from others import job_id, names
 
 from avocado_vt_joblock import lock
 
@@ -24,7 +24,11 @@ def no_hang(request):
 
 @pytest.fixture
 def directory():
-    """A lock directory that is as /tmp: everybody may write, and remove what is their own."""
+    """A lock directory that is as /tmp: everybody may write, and remove what is their
+    own.
+
+    At the end no card is there without its lock.
+    """
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(prefix="vt-joblock-test-", dir=memory) as parent:
         Path(parent).chmod(0o755)
@@ -32,6 +36,7 @@ def directory():
         path.mkdir()
         path.chmod(0o1777)
         yield path
+        assert [name for name in names(path) if name.endswith(".host")] == []
 
 
 @pytest.fixture
@@ -44,7 +49,9 @@ def new_lock(directory):
 
     yield make
     for each in made:
-        each.release()
+        # A test may have removed the file.
+        with contextlib.suppress(FileNotFoundError):
+            each.release()
 
 
 @pytest.fixture
@@ -59,10 +66,14 @@ def start():
     started = []
 
     def start(*words, prefix=(), script=WAIT, command=(), env=(), **options):
-        """Wait until it has begun; that a command of its own has does not show."""
+        """Start a process, and wait until it has begun.
+
+        That does not show with a command of its own.
+        """
         line = command or [*prefix, sys.executable, "-c", script, *words]
         # Not in the checkout, whose package would be found first.
-        options = {"cwd": "/", "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **options}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        options = {"cwd": "/", **pipes, **options}
         options.update(env={**os.environ, **dict(env)}, start_new_session=True)
         started.append(subprocess.Popen(line, **options))
         if not command:

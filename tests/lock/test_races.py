@@ -4,43 +4,63 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
+from dataclasses import replace
 
 import pytest
 from faults import intercepted
-from others import CONTENT, contend, job_id, leave_lock, names
+from others import CONTENT, contend, job_id, leave_card, leave_lock, names
 
-from avocado_vt_joblock import lock
+from avocado_vt_joblock import card, lock, lockdir
 
 HANG = 60
 
 
-def take_part(directory, number):
+def take_part(directory, number, hosts=1):
     contender = lock.JobLock(str(directory), job_id(100 + number))
     take_part.barrier.wait(HANG)
     told = contend(contender)
     while told.state == "NOT_NOW":
         told = contend(contender)
     take_part.barrier.wait(HANG)
-    assert contender.release() is None
+    contender.release()
     return told.state, getattr(told, "pid", None), os.getpid()
 
 
+def take_part_on_a_host(directory, number, hosts):
+    """Take part as on one of several hosts, which have a guard and an identity each."""
+    host = f"host{number % hosts}"
+    ours = replace(card.own_identity(), host=host, boot=f"boot{number % hosts:04}")
+    guard = directory.with_name(host)
+    guard.mkdir(exist_ok=True)
+
+    def hook(name, call):
+        os.sched_yield()
+        if name == "open" and call.args[0] == str(directory):
+            return os.open(guard, *call.args[1:])
+        return call()
+
+    with pytest.MonkeyPatch.context() as patch, intercepted(hook):
+        patch.setattr(card, "own_identity", lambda: ours)
+        return take_part(directory, number, hosts)
+
+
 @contextlib.contextmanager
-def racers(directory, count):
-    """What has so many processes contend once, and returns how many have won."""
+def racers(directory, count, hosts=1):
+    """Return what has so many processes contend once, and returns how many have won."""
 
     def hook(name, call):
         # On few processors hardly anything happens at once of itself.
         os.sched_yield()
         return call()
 
+    what = take_part if hosts == 1 else take_part_on_a_host
     context = multiprocessing.get_context("fork")
     take_part.barrier = context.Barrier(count)
     with intercepted(hook), context.Pool(count) as pool:
 
         def race():
-            arguments = [(directory, number) for number in range(count)]
-            answers = pool.starmap_async(take_part, arguments, chunksize=1).get(2 * HANG)
+            arguments = [(directory, number, hosts) for number in range(count)]
+            answers = pool.starmap_async(what, arguments, chunksize=1).get(2 * HANG)
             # The others know who it was, or met somebody who gave up as well.
             losers = [(state, pid) for state, pid, _ in answers if state != "WON"]
             assert set(losers) <= {("LIVE", own) for _, _, own in answers}
@@ -56,13 +76,25 @@ def test_exactly_one_wins(directory, rounds, count, stale, usual):
     with racers(directory, count) as race:
         for number in rounds(usual):
             for other in range(stale):
-                leave_lock(directory, other, [*CONTENT][other % 2])
+                path = leave_lock(directory, other, [*CONTENT][other % 2])
+                if other:
+                    leave_card(path)
             assert race() == 1, f"round {number}"
-            assert names(directory) == []
+            assert os.listdir(directory) == []
+
+
+@pytest.mark.parametrize(("count", "hosts"), [(3, 3), (5, 3)])
+def test_exactly_one_wins_on_several_hosts(directory, rounds, count, hosts):
+    """They have no common guard: of those who meet the first one by name waits for the
+    others to give up."""
+    with racers(directory, count, hosts) as race:
+        for number in rounds(15):
+            assert race() == 1, f"round {number}"
+            assert os.listdir(directory) == []
 
 
 def test_never_two_without_the_guard(directory, monkeypatch, rounds):
-    monkeypatch.setattr(lock, "GUARD_TIMEOUT", -1)
+    monkeypatch.setattr(lockdir, "GUARD_TIMEOUT", -1)
     winners = set()
     with racers(directory, 8) as race:
         for number in rounds(200):

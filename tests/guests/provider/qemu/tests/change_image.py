@@ -10,8 +10,9 @@ DISK = "/machine/peripheral/image1/virtio-backend"
 def run(test, params, env):
     """Write to the image, as the guest's disk does.
 
-    :param params: ``main_vm``, the guest, which runs; ``clean_up_takes``, how many seconds the
-                   clean-up lasts at least, before it restores the image; ``clean_up_fails``,
+    :param params: ``main_vm``, the guest, which runs; ``clean_up_takes``, how many
+        seconds the clean-up lasts at least, before it restores the image;
+        ``clean_up_fails``,
                    ``yes`` or ``no``
     """
     vm = env.get_vm(params["main_vm"])
