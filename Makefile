@@ -3,6 +3,8 @@ PYTHON ?= python3
 # The environment with the newest Avocado; the one with the oldest lies beside it.
 VENV ?= .venv
 OLDEST := $(VENV)-103
+# The one for the demo, with only what that needs.
+DEMO := $(VENV)-demo
 # The tests that run on the oldest Avocado too.
 OLDEST_TESTS := tests/test_plugin.py tests/test_endings.py tests/test_waiting.py
 # The interpreters of the matrix: those of pyenv, or else those on the PATH.
@@ -14,13 +16,13 @@ export PRE_COMMIT_HOME := $(CURDIR)/.cache/pre-commit
 .NOTPARALLEL:
 SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
 
-.PHONY: help demo check lint docs test guests stress bench matrix rpm clean
+.PHONY: help demo check lint docs test guests stress bench matrix rpm rpmbuild-there clean
 
 help:  ## List these targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(VENV)/made  ## See the lock at work with real jobs.
-	$(VENV)/bin/python tests/demo.py
+demo: $(DEMO)/made  ## See the lock at work with real jobs, without QEMU: a minute.
+	$(DEMO)/bin/python tests/demo.py
 
 check: lint docs test  ## Run all that CI runs.
 
@@ -50,12 +52,16 @@ matrix:  ## Run the tests on each Python that is supported and there.
 	done; \
 	if [ "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
 
-rpm: $(VENV)/made  ## Build RPMs in rpmbuild, where the program of that name is.
+rpm: rpmbuild-there $(VENV)/made  ## Build RPMs in the directory rpmbuild.
 	rm -rf rpmbuild
 	$(VENV)/bin/python -m build --no-isolation --sdist --outdir rpmbuild/SOURCES
 	rpmbuild -ba --nodeps --quiet --define '_topdir $(CURDIR)/rpmbuild' \
 		--define '__python3 $(abspath $(VENV))/bin/python' packaging/*.spec
 	rm -rf *.egg-info
+
+rpmbuild-there:
+	@command -v rpmbuild > /dev/null || { echo 'There is no rpmbuild here. It is in' \
+		'rpm-build (Fedora), or in rpm and python3-packaging (Debian).'; exit 1; }
 
 clean:  ## Remove what the other targets make.
 	rm -rf .venv .venv-* build dist rpmbuild docs/_build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
@@ -72,3 +78,13 @@ $(VENV)/made $(OLDEST)/made: $(SOURCES) tests/avocado-103.txt tests/avocado-113.
 	$(@D)/bin/pip install --quiet --force-reinstall --no-deps --no-build-isolation .
 	rm -rf build *.egg-info
 	touch $@
+
+$(DEMO)/made: $(SOURCES) tests/avocado-113.txt
+	@test -d $(@D) || echo "First the demo gets an environment, $(@D): about half a minute, once."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement tests/avocado-113.txt
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps \
+		--no-build-isolation .
+	@rm -rf build *.egg-info
+	@touch $@

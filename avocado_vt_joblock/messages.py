@@ -61,7 +61,8 @@ NOT_REMOVED = """The stale lock file could not be removed: {error}.
 It does not stop this job. Correct the permissions of its directory."""
 GUESTS_OF_OTHERS = """A guest of {user} may still run: a job of {user} has ended,
 and only {user} and root can see its guests.
-If you use the same images, stop this job now. {user} or root looks for guests:
+If you use the same images, stop this job now (Ctrl-C).
+{user} or root looks for guests:
     pgrep -u {user} -af qemu
 When there is none, the next job of {user} or of root removes the lock file:
     {path}"""
@@ -169,9 +170,11 @@ def in_the_way(file: LockFile, *, has_waited: bool = False) -> str:
     if file.state is State.UNKNOWN:
         return _unknown(file)
     text = describe(file)
+    if _other_host(file):
+        return text
     if file.state is State.NOT_NOW:
         text += _how_to_wait(has_waited=has_waited)
-    elif not file.processes and not _other_host(file):
+    elif not file.processes:
         text += f"\nWait until that job is done.{_how_to_wait(has_waited=has_waited)}"
         text += f"\n{_SHARES_NOTHING}"
     return f"{text}\n{_NO_SOLUTION}"
@@ -183,7 +186,7 @@ def describe(file: LockFile) -> str:
         whose = _who_may_act(file.uid, file.processes)
         return (
             f"a job has ended, but processes of it still run.{_facts(file)}"
-            f"{_list(file)}\nUntil these end, no job of {whose} runs."
+            f"{_list(file)}\nUntil all of that has ended, no job of {whose} runs."
             f"\n{_advice(file, file.uid)}"
         )
     if file.state is State.NOT_NOW:
@@ -243,7 +246,8 @@ def _facts(file: LockFile) -> str:
         lines.append(
             f"PID:    {file.pid or 'unknown'}  {tamed(file.command())}".rstrip()
         )
-        if not file.pid_is_here and not _other_host(file):
+        is_alive = file.state in (State.LIVE, State.OUTER)
+        if is_alive and not file.pid_is_here and not _other_host(file):
             lines += [
                 "        (of another PID namespace, or ended and has left a child that",
                 f"        holds the lock: fuser -v {shlex.quote(file.path)})",
@@ -283,7 +287,7 @@ Wait some minutes. To look again:
     ps -o pid,user,stat,etime,args -p {",".join(pids)}"""
     fds = " ".join(f"/proc/{pid}/fd" for pid in pids)
     return f"""No test is among them that could end a guest and restore images.
-If they still run after one minute, {_who_may_act(uid, processes)} must act:
+If that still runs after one minute, {_who_may_act(uid, processes)} must act:
  1. See which images they use:
     ls -l {fds}
  2. End them:
@@ -319,7 +323,7 @@ def _outer(file: LockFile) -> str:
 def _unknown(file: LockFile) -> str:
     whose = "" if file.uid is None else f"-u {shlex.quote(_owner(file))} "
     remove = "rm -r" if file.reason is Flaw.NO_REGULAR_FILE else "rm"
-    return f"""nobody can tell whether a job still holds it:
+    return f"""nobody can tell whether a job still holds the lock:
 {reason(file)}.{_facts(file)}
 So no job runs until {_who_may_act(file.uid, file.processes)} does this:
  1. Look for a job, a test or a guest of that user:
@@ -343,7 +347,7 @@ taken as they are.
 
 
 def _of_order(error: options.OrderError) -> str:
-    return f"""some plugins would run without it:
+    return f"""some plugins would run without the lock:
     [plugins.job.prepost] order = {error.order!r}
 The first name must be 'vt-joblock', and 'vt-joblock-release' must not be there:
     order = {error.right_order!r}"""
@@ -358,7 +362,8 @@ and some sandboxes such as gVisor lack them."""
     meant = "" if path == directory else f" ({path})"
     return f"""the lock directory {_trouble(error)}:
     {DIR} = {directory!r}{meant}
-Correct that, or set another one. {_where_to_set("dir")}"""
+Correct that, or set another one.
+{_where_to_set("dir")}"""
 
 
 def _trouble(error: DirectoryError) -> str:
@@ -378,7 +383,7 @@ def _trouble(error: DirectoryError) -> str:
 def _where_to_set(key: str) -> str:
     # Avocado chooses the file in the same way.
     home = os.environ.get("VIRTUAL_ENV", "~")
-    return f"""Set {key} in section [{SECTION}] of
+    return f"""Use --vt-joblock-{key}, or set {key} in section [{SECTION}] of
     {home}/.config/avocado/avocado.conf"""
 
 
@@ -427,8 +432,9 @@ def until(seconds: float) -> str:
 
 
 def _in_line(jobs_before: int) -> str:
-    jobs = count(jobs_before, "job", "jobs")
-    return f"{jobs} that came before this one wait for the lock."
+    if jobs_before == 1:
+        return "1 job that came before this one waits for the lock."
+    return f"{jobs_before} jobs that came before this one wait for the lock."
 
 
 # Of a job that runs.
@@ -514,7 +520,7 @@ def shown(file: LockFile, processes: list[JobProcess]) -> str:
     else:
         text = f"a stale lock: the next job removes it.{_facts(file)}"
     if processes:
-        text += f"\nOf that job run:{_list(Leftovers(processes))}"
+        text += f"\nWhat runs of that job:{_list(Leftovers(processes))}"
     return text
 
 

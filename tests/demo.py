@@ -1,7 +1,10 @@
-"""The lock at work with real jobs and VT tests, in a home and a lock directory of their own."""
+"""The lock at work with real jobs and VT tests, in a home and a lock directory of their
+own."""
 
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,15 +17,16 @@ def show_refusal_and_waiting(sandbox):
     first = sandbox.vt_test("first")
     holder = start(sandbox, first)
     (lock,) = sandbox.locks()
-    quote(f"$ cat {lock}\n{lock.read_text()}")
-    check(int(lock.read_text()) == holder.pid, "the lock file holds the PID of the first job")
+    text, code = vt_joblock(sandbox, "show")
+    check(str(lock) in text, "the command shows the lock of the first job")
+    check(code == 2, "its exit code is 2: a job that starts now would be refused")
 
     say("A second job starts meanwhile, and is refused:")
     refused(sandbox, "second", str(lock))
 
-    say("A third job may wait for its turn, since plugins.vtjoblock.timeout is set to 60:")
+    say("A third job waits for its turn, since plugins.vtjoblock.timeout is 1m:")
     configuration = sandbox.config.read_text()
-    sandbox.add_to_config("timeout = 60")
+    sandbox.add_to_config("timeout = 1m")
     waiting, third, log = start_waiting(sandbox, "third")
     sandbox.configure(configuration)
     check(not third.has_begun, "its test does not run beside that of the first job")
@@ -30,7 +34,18 @@ def show_refusal_and_waiting(sandbox):
     check(finish(holder)[0] == 0, "the first job has passed")
     code, _ = finish(waiting)
     quote(log.read_text(), "Waiting")
-    check(code == 0 and third.has_begun, "then the third one has taken the lock, and has passed")
+    has_passed = code == 0 and third.has_begun
+    check(has_passed, "then the third one has taken the lock, and has passed")
+
+
+def show_other_work(sandbox):
+    say("The lock is held for other work; a job meanwhile would be refused:")
+    inner = "avocado vt-joblock show 2> /dev/null"
+    text, code = vt_joblock(sandbox, "run", "--", "sh", "-c", f"{inner}; exit 7")
+    check("The lock is not free" in text, "the lock is held while the command runs")
+    check(code == 7, "the exit code is that of the command")
+    text, code = vt_joblock(sandbox, "show")
+    check(code == 0, "then the lock is free again")
 
 
 def show_what_is_left(sandbox):
@@ -49,7 +64,9 @@ def show_what_is_left(sandbox):
     text = assert_runs(sandbox, "last")
     quote(text, "JOB ID")
     check("PASS 1" in text, "its test has run, and it has passed")
-    check(not sandbox.locks(), "the lock directory is empty: the stale lock is gone, too")
+    check(
+        not sandbox.locks(), "the lock directory is empty: the stale lock is gone, too"
+    )
 
 
 def refused(sandbox, name, reason):
@@ -59,6 +76,14 @@ def refused(sandbox, name, reason):
     check(reason in text, "it says what is in the way")
     check(code == 2, f"its exit code is {code}, that of a failed job")
     check(not test.has_begun, "its test has not run")
+
+
+def vt_joblock(sandbox, *words):
+    """Run the command, and quote it with what it prints on standard output."""
+    process = sandbox.avocado("vt-joblock", *words, stderr=subprocess.DEVNULL)
+    code, text = finish(process)
+    quote(f"$ avocado vt-joblock {shlex.join(words)}\n{text}")
+    return text, code
 
 
 def say(text):
@@ -81,6 +106,7 @@ if __name__ == "__main__":
         sandbox = Sandbox(Path(directory) / "user")
         try:
             show_refusal_and_waiting(sandbox)
+            show_other_work(sandbox)
             show_what_is_left(sandbox)
         finally:
             sandbox.close()
