@@ -1,24 +1,29 @@
 """A job lock for Avocado: no two jobs with VT tests at once in one lock directory.
 
-Its rooms, each of which imports only from those below it:
+Its rooms, each of which imports only from those below it, and the names at the end of
+this file:
 
-``command``    the command ``avocado vt-joblock``, and the options of ``avocado run``
-``showing``    ``avocado vt-joblock show``: who holds the lock, and who waits
-``holding``    ``avocado vt-joblock run``: hold the lock while a command runs
-``plugin``     what Avocado calls before and after a job
-``refusal``    a stopped job: it undoes nothing, and is red in every result
-``waiting``    a job's turn: attempts, and what is told meanwhile
-``ending``     the end of a job: wait for the rest of it, release the lock or leave it
-``messages``   every word that users read
-``formats``    how times, users and anybody's words are written
-``settings``   the options: registered, and found in config files
-``options``    the options: parsed and checked
-``lock``       the protocol: how a lock is acquired, released and left
-``lockdir``    the lock directory: its guard, its files, who waits in it
-``lockfile``   a lock file, and the one verdict on it
-``card``       a job's card: its host, its boot, its process
-``leftovers``  which processes are of a job: marks, tests, helpers
-``procfs``     what /proc tells of processes
+``command``     the command ``avocado vt-joblock``, and the options of ``avocado run``
+``showing``     ``avocado vt-joblock show``: who holds the lock, and who waits
+``holding``     ``avocado vt-joblock run``: hold the lock while a command runs
+``plugin``      what Avocado calls before and after a job
+``refusal``     a stopped job: it undoes nothing, and is red in every result
+``waiting``     a job's turn: attempts, and what is told meanwhile
+``ending``      the end of a job: wait for the rest of it, release the lock or leave it
+``messages``    what a job tells its user and its log
+``advice``      what is said of a lock that is in the way, and what to do about it
+``formats``     how times, users and anybody's words are written
+``settings``    the options: registered, and found in config files
+``options``     the options: parsed and checked
+``lock``        the protocol: how a lock is acquired, released and left
+``lockdir``     the lock directory: its guard, its files, who waits in it
+``lockfile``    a lock file, and the one verdict on it
+``kernellock``  the lock of the kernel on that file
+``card``        a job's card: its host, its boot, its process
+``leftovers``   what is left of a job
+``helpers``     programs beside the guests, which do not count
+``marks``       what all processes of a job have in their environment
+``procfs``      what /proc tells of processes
 
 Avocado loads ``settings`` and ``command`` at every start, and ``plugin`` for every job.
 """
@@ -33,19 +38,20 @@ DIR = f"{SECTION}.dir"
 TIMEOUT = f"{SECTION}.timeout"
 
 
-def data_file(path: str) -> str | None:
-    """Return where a file lies that was installed beside the package, if it is there.
+def installed_file(path: str) -> str | None:
+    """Return where a file is that pip has installed with this package, if it is there.
 
-    pip puts it below DIR with ``--target DIR``, where the package is too; else below
-    the prefix of Python, for /usr/lib/python3/dist-packages/avocado_vt_joblock below
-    /usr.
+    The config file and the manual are such files. ``pip install --target DIR`` puts
+    them below DIR, in which the package is as well. Otherwise they are below the prefix
+    of Python, which is /usr for a package in /usr/lib/python3/dist-packages.
 
-    :param path: where it lies below that, for example "share/doc/README.rst"
+    :param path: the path below DIR or the prefix, for example
+        "etc/avocado/conf.d/x.conf"
     """
-    beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    places = [beside]
-    if beside.endswith(("/site-packages", "/dist-packages")):
-        places.append(os.path.abspath(f"{beside}/../../.."))
+    parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    places = [parent]
+    if parent.endswith(("/site-packages", "/dist-packages")):
+        places.append(os.path.abspath(f"{parent}/../../.."))
     for place in places:
         file = os.path.join(place, path)
         if os.path.isfile(file):

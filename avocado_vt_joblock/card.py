@@ -79,7 +79,8 @@ class Card:
     def start_here(self) -> int:
         """When the job's own process started, in ticks of this boot; 0 if unknown."""
         started = self.identity.started
-        # Who made the card may be in a time namespace, where the ticks are others.
+        # In a time namespace (time_namespaces(7)) the same moment has other ticks. So a
+        # start that is later than the card itself is not believed.
         is_early_enough = time.time() - procfs.age(started) <= self.came + CLOCK_SLACK
         return started if self.is_of_this_boot and is_early_enough else 0
 
@@ -111,6 +112,7 @@ def own_start() -> int:
         return 0
 
 
+# To read it anew for each card would double the cost of an attempt.
 @functools.lru_cache(maxsize=1)
 def _identity(pid: int, pid_namespace: int, host: str) -> Identity:
     with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
@@ -185,7 +187,8 @@ def make(lock_path: str) -> None:
 def leave(lock_path: str) -> None:
     """Have the card say that the job has left its lock file."""
     path = path_of(lock_path)
-    # At no moment there is none: on another host the lock would look stale.
+    # The new card takes the place of the old one at once. A lock without a card would
+    # look stale on another host.
     with contextlib.suppress(OSError):
         # It is there already if this was interrupted before.
         with contextlib.suppress(FileExistsError):

@@ -94,7 +94,7 @@ class VTJobLockCommand(CLICmd):
         if config["vt_joblock"] == "show":
             from avocado_vt_joblock import showing
 
-            return showing.show(config[DIR], config.get("vt_joblock_json"))
+            return showing.show(config, config.get("vt_joblock_json"))
         from avocado_vt_joblock import holding
 
         command = config["vt_joblock_command"]

@@ -21,7 +21,7 @@ def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
     """Release a lock, or leave its file if something of the job may still run.
 
     :param lock: the lock, which is held
-    :param looks: whether to look for what is left; else that is left on purpose
+    :param looks: whether to look for what is left; False if it was left on purpose
     :param tests_only: whether nothing but tests counts
     """
     left = Leftovers()

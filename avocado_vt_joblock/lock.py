@@ -19,17 +19,17 @@ import os
 import time
 from collections.abc import Iterator
 
-from avocado_vt_joblock import card, leftovers, lockdir, lockfile
+from avocado_vt_joblock import card, kernellock, leftovers, lockdir, lockfile, marks
 from avocado_vt_joblock.leftovers import LOOK_TIMEOUT, Leftovers, Obstacle
 from avocado_vt_joblock.lockdir import DirectoryError, LockDirectory, Use, reported_as
-from avocado_vt_joblock.lockfile import LockFile, State
+from avocado_vt_joblock.lockfile import LockFile
 
 #: How long to look again for jobs of other hosts that give way, in seconds.
 RIVAL_TIMEOUT = 1.5
-#: How far apart two jobs start together, in seconds.
+#: Two jobs whose cards are less than so many seconds apart have started together.
 RIVAL_DISTANCE = 2.0
-#: How long to wait between two looks, in seconds.
-PAUSE = 0.05
+#: How long to wait between two of these looks, in seconds.
+RIVAL_PAUSE = 0.05
 
 
 class JobIdError(ValueError):
@@ -48,7 +48,7 @@ class LockInTheWayError(Exception):
     """
 
     def __init__(self, file: LockFile | None, jobs_before: int = 0) -> None:
-        super().__init__(file and file.path)
+        super().__init__(file.path if file else "")
         self.file = file
         self.jobs_before = jobs_before
 
@@ -59,7 +59,11 @@ class LockInTheWayError(Exception):
 
 
 class WaitedInVainError(LockInTheWayError):
-    """The same, after a time for which the job has waited, in seconds."""
+    """The lock could not be taken though the job has waited for it.
+
+    :param error: what was in its way at the end
+    :param waited: how long it has waited, in seconds
+    """
 
     def __init__(self, error: LockInTheWayError, waited: float) -> None:
         super().__init__(error.file, error.jobs_before)
@@ -69,57 +73,59 @@ class WaitedInVainError(LockInTheWayError):
 class JobLock:
     """A lock file in a directory in which only one job at a time holds one.
 
+    Who holds a lock has to keep this object: the kernel lock goes with it.
+
     :param directory: the absolute path of an existing directory
     :param job_id: what the file is named after
     :raises JobIdError: when that is not 40 hexadecimal digits
     """
 
     def __init__(self, directory: str, job_id: str) -> None:
-        chance = os.urandom(4).hex()
-        self._name = f"{lockfile.PREFIX}{job_id.lower()}-{os.getuid()}-{chance}.pid"
+        random = os.urandom(4).hex()
+        self._name = f"{lockfile.PREFIX}{job_id.lower()}-{os.getuid()}-{random}.pid"
         match = lockfile.NAME.fullmatch(self._name)
         if not match:
             raise JobIdError(job_id)
         self._job_id = match["job_id"]
         self._directory = LockDirectory(directory)
         self._unpublished = self._directory.join(f".{self._name}")
-        self._file: io.FileIO | None = None  # as long as there is one to give up
-        self._is_in_line = False  # whether the job waits, and has a ticket
+        self._file: io.FileIO | None = None  # the open lock file, as long as it is ours
+        self._has_ticket = False  # whether the job waits between two attempts
         self.path = self._directory.join(self._name)  # where the lock file lies
-        self.held = False  # whether this process holds the lock
+        self.is_held = False  # whether this process holds the lock
 
     def acquire(self, *, waits: bool = False) -> list[LockFile]:
         """Take the lock, to keep it until it is released or left.
 
-        An attempt that fails removes nothing but what it has made itself.
+        An attempt that fails removes nothing of others. Between two attempts of a job
+        that waits its card stays, as its ticket.
 
-        :param waits: whether the job comes again, and has its turn after those before
-            it
-        :return: the stale locks that were there; of some it is told why they still are
+        :param waits: whether the job will try again if this attempt fails
+        :return: the stale locks that were there; one that could not be removed says why
         :raises LockInTheWayError: when another lock is not stale, or others wait
         :raises DirectoryError: when the system refuses a use of the directory
         """
-        self._is_in_line = waits
+        self._has_ticket = waits
         with self._directory.guard() as guard, self._withdrawn_on_error():
             card.make(self.path)
             if waits:
                 self._check_turn(self._directory.names())
             self._publish()
-            names, others = self._look_at_others(guard)
+            names, others = self._find_ended(guard)
             # From here on the published file keeps others out, and they fail at once.
             lockdir.free(guard)
             lockfile.judge_by_leftovers(others, LOOK_TIMEOUT)
-            in_the_way = [file for file in others if file.state is not State.STALE]
+            in_the_way = [file for file in others if file.state.is_in_the_way]
             if in_the_way:
-                raise LockInTheWayError(_first(in_the_way))
+                raise LockInTheWayError(_weightiest(in_the_way))
             self._check_turn(names)
             _remove(others)
-            leftovers.mark(self._name)
-            self.held = True
+            marks.set_on_this_process(self._name)
+            self.is_held = True
             return others
 
     def find_leftovers(self, *, tests_only: bool, timeout: float) -> Leftovers:
-        """Look at what still runs of the job, but for this process.
+        """Look at what the job has started and still runs.
 
         :param tests_only: whether nothing else counts
         :param timeout: how long the look may take, in seconds
@@ -135,21 +141,11 @@ class JobLock:
         :raises FileNotFoundError: when somebody has removed or replaced it before
         :raises OSError: when it cannot be removed
         """
-        if not self.held:
-            return
-        try:
-            self._check_file()
-            os.unlink(self.path)
-        except FileNotFoundError:
-            self._close()
-            raise
-        except OSError:
-            # The file stays, but this process does not keep it live.
-            card.leave(self.path)
-            self._close()
-            raise
-        card.remove(self.path)
-        self._close()
+        if self.is_held:
+            with self._given_up():
+                self._check_file()
+                os.unlink(self.path)
+                card.remove(self.path)
 
     def leave(self) -> None:
         """Leave the lock file, live as long as anything runs that this job has started.
@@ -157,35 +153,31 @@ class JobLock:
         It does nothing if the lock is not held.
 
         :raises FileNotFoundError: when somebody has removed or replaced it before
+        :raises OSError: when the system does not tell
         """
-        if not self.held:
-            return
-        try:
-            self._check_file()
-        except FileNotFoundError:
-            self._close()
-            raise
-        except OSError:
-            card.leave(self.path)
-            self._close()
-            raise
-        card.leave(self.path)
-        self._close()
+        if self.is_held:
+            with self._given_up():
+                self._check_file()
+                card.leave(self.path)
 
     def abandon(self) -> None:
-        """Leave the lock, or give up the wait for it, whatever came before."""
-        if self.held:
+        """Make sure that this process neither holds the lock nor waits for it.
+
+        It comes last, also after Ctrl-C at any moment of the other methods.
+        """
+        if self.is_held:
             with contextlib.suppress(OSError):
                 self.leave()
-        elif self._file or self._is_in_line:
-            self._is_in_line = False
+        elif self._file or self._has_ticket:
+            self._has_ticket = False
             self._withdraw()
 
     @contextlib.contextmanager
     def _withdrawn_on_error(self) -> Iterator[None]:
-        """Remove what an attempt has made before the guard is free.
+        """Withdraw what an attempt has made, if it fails.
 
-        Nobody shall be refused because of one who gives up.
+        That comes before the guard is free: nobody shall be refused because of one who
+        gives up.
         """
         try:
             yield
@@ -193,8 +185,27 @@ class JobLock:
             self._withdraw()
             raise
 
+    @contextlib.contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Give up the kernel lock after what has become of the file.
+
+        After Ctrl-C abandon() does it.
+        """
+        try:
+            yield
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                # The file stays, but this process does not keep it live.
+                card.leave(self.path)
+            self._close()
+            raise
+        self._close()
+
     def _check_turn(self, names: set[str]) -> None:
-        """Give up if jobs wait that came before this one."""
+        """Give up if jobs wait that came before this one.
+
+        :param names: what lies in the directory
+        """
         own_card = self._own_card() if lockdir.orphans(names) else None
         if not own_card:
             return
@@ -203,8 +214,8 @@ class JobLock:
         before = [ticket for ticket in waiting if ticket.turn < own_turn]
         if before:
             files = self._directory.read_locks(names - {self._name})
-            in_the_way = [file for file in files if file.state < State.ENDED]
-            file = _first(in_the_way) if in_the_way else None
+            in_the_way = [file for file in files if file.state.is_in_the_way]
+            file = _weightiest(in_the_way) if in_the_way else None
             raise LockInTheWayError(file, len(before))
 
     def _publish(self) -> None:
@@ -214,51 +225,53 @@ class JobLock:
             self._file = io.FileIO(self._unpublished, "x+", opener=_open_private)
         fd = self._file.fileno()
         with reported_as(Use.LOCK):
-            lockfile.set_kernel_lock(fd)
+            kernellock.take(fd)
         with contextlib.suppress(OSError):
-            # systemd-tmpfiles spares a file of which it gets no shared flock. Never
+            # systemd-tmpfiles spares a file of which it gets no shared flock. Never use
             # LOCK_SH or LOCK_UN: on NFS both lose the kernel lock.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with reported_as(Use.WRITE):
             text = b"%d\n\n" % os.getpid()
             if os.write(fd, text) < len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise lockdir.system_error(errno.ENOSPC)
             with contextlib.suppress(OSError):
                 # Whatever the umask: everybody may read who holds the lock. That is a
                 # courtesy, and CIFS and FUSE may refuse it.
                 os.fchmod(fd, 0o644)
             os.rename(self._unpublished, self.path)
 
-    def _look_at_others(self, guard: int) -> tuple[set[str], list[LockFile]]:
-        """Read all other locks; return what was listed, and the locks that have ended.
+    def _find_ended(self, guard: int) -> tuple[set[str], list[LockFile]]:
+        """Read the other locks; return what is listed, and the locks of ended jobs.
 
-        Jobs that start together on several hosts do not have one guard. So that not all
-        of them give up, the first one by name waits for the others to do so.
+        Jobs that start together on several hosts have no common guard. If each of them
+        gave up because of the others, none would get the lock. So the one whose file
+        comes first by name waits until the others have given up.
+
+        :param guard: is free while this job waits
+        :raises LockInTheWayError: when a lock is in the way
         """
         deadline = time.monotonic() + RIVAL_TIMEOUT
         while True:
             names = self._directory.names()
             if self._name not in names:
-                raise DirectoryError(Use.WRITE, lockdir.gone())
+                raise DirectoryError(Use.WRITE, lockdir.system_error(errno.ENOENT))
             self._directory.remove_litter(names, self.path)
             files = self._directory.read_locks(names - {self._name})
-            in_the_way = [file for file in files if file.state < State.ENDED]
+            in_the_way = [file for file in files if file.state.is_in_the_way]
             if not in_the_way:
                 return names, files
-            is_first = all(self._is_before(file) for file in in_the_way)
+            is_first = all(self._comes_before(file) for file in in_the_way)
             if not is_first or time.monotonic() > deadline:
-                raise LockInTheWayError(_first(in_the_way))
-            # Others of this host are refused meanwhile, and need not wait for that.
+                raise LockInTheWayError(_weightiest(in_the_way))
+            # Other contenders of this host need not wait for that to be refused.
             lockdir.free(guard)
-            time.sleep(PAUSE)
+            time.sleep(RIVAL_PAUSE)
             lockdir.take(guard)
 
-    def _is_before(self, file: LockFile) -> bool:
-        """Tell whether a job of another host has just started, and gives way."""
-        if not file.card or not file.card.is_of_another_host:
-            return False
-        own_card = self._own_card()
-        if not own_card:
+    def _comes_before(self, file: LockFile) -> bool:
+        """Tell whether this job goes first of two that start together on two hosts."""
+        own_card = self._own_card() if file.is_elsewhere else None
+        if not file.card or not own_card:
             return False
         distance = abs(file.card.renewed - own_card.renewed)
         return distance < RIVAL_DISTANCE and self._name < file.name
@@ -269,19 +282,33 @@ class JobLock:
         return None
 
     def _withdraw(self) -> None:
-        """Remove what an attempt has made; who waits keeps a ticket."""
-        for path in (self.path, self._unpublished):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        if self._is_in_line:
+        """Remove what an attempt has made; a job that waits keeps its ticket."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._unpublished)
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            self._remove_card()
+        except OSError:
+            # The file stays, but this process does not keep it live.
+            card.leave(self.path)
+        else:
+            self._remove_card()
+        self._close()
+
+    def _remove_card(self) -> None:
+        if self._has_ticket:
             card.make(self.path)
         else:
             card.remove(self.path)
-        self._close()
 
     def _check_file(self) -> None:
+        """Check that the lock file is in place.
+
+        :raises FileNotFoundError: when it is not, or was given up before Ctrl-C
+        """
         if not self._file or self._file.closed:
-            raise lockdir.gone()  # To give it up was interrupted, and comes again.
+            raise lockdir.system_error(errno.ENOENT)
         status = os.fstat(self._file.fileno())
         try:
             is_own = os.path.samestat(os.lstat(self.path), status)
@@ -289,34 +316,34 @@ class JobLock:
             card.remove(self.path)  # Without its file it is litter.
             raise
         if not is_own:
-            raise lockdir.gone()
+            raise lockdir.system_error(errno.ENOENT)
 
     def _close(self) -> None:
-        """Give up the kernel lock and the mark; to be interrupted does no harm."""
-        leftovers.unmark(self._name)
+        """Give up the kernel lock and the mark; after Ctrl-C it is called again."""
+        marks.take_from_this_process(self._name)
         if self._file:
             with contextlib.suppress(OSError, ValueError):
-                # A process that was forked off has the file open, too, maybe for long.
-                lockfile.drop_kernel_lock(self._file.fileno())
+                # A process that was forked has the file open, too, maybe for long.
+                kernellock.drop(self._file.fileno())
             with contextlib.suppress(OSError):
                 self._file.close()
         self._file = None
-        self.held = False
+        self.is_held = False
 
 
 def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, mode=0o600)
 
 
-def _first(files: list[LockFile]) -> LockFile:
-    """Return the one that a user is to be told of."""
+def _weightiest(files: list[LockFile]) -> LockFile:
+    """Return the lock that a user is to be told of."""
     return min(files, key=lambda file: file.state)
 
 
 def _remove(stale: list[LockFile]) -> None:
     """Remove stale locks, each with its card; note why one could not be removed."""
     for file in stale:
-        # Its guests are seen by its owner and by root: only these can tell.
+        # Only its owner and root see whether a guest runs: it is left to them.
         if file.reason is Obstacle.GUESTS_OF_OTHERS:
             continue
         try:

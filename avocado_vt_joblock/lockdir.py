@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import errno
 import fcntl
 import os
 import re
@@ -18,9 +17,11 @@ from avocado_vt_joblock.lockfile import LockFile
 
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
-#: How long a ticket counts that its job does not renew, in seconds.
+#: How long a ticket counts after it was renewed, in seconds. A job that waits renews it
+#: before that: the pause between two attempts takes 1 s, and an attempt 8.5 s at most,
+#: of which 1 is for the guard, 1 for leases, 1.5 for other hosts and 5 for processes.
 TICKET_TIMEOUT = 10.0
-#: From what age on a file without its lock is one that a crash has left, in seconds.
+#: From what age on a card or an unpublished file was left by a crash, in seconds.
 LITTER_AGE = 60.0
 
 #: What belongs to a lock and is none: an unpublished file, a card, a new card. For
@@ -57,12 +58,19 @@ class Ticket:
 
     @property
     def turn(self) -> tuple[float, str]:
-        """By what jobs that wait are put in order: who came first is first."""
+        """The order of jobs that wait: by the time at which they came, then by name."""
         return self.card.came, self.lock_name
 
 
 class LockDirectory:
     """A directory in which jobs make lock files.
+
+    For example it has, of a job that holds the lock and of one that waits for it:
+
+    avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid
+    .avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid.host -> hv3.lab 1a2b3c4d
+    4026531836 ... .avocado-vt-joblock-77d1c0aa...-1001-0b4e11f7.pid.host -> hv3.lab
+    1a2b3c4d 4026531836 ...
 
     :param path: its absolute path
     """
@@ -100,7 +108,7 @@ class LockDirectory:
             return {name for name in os.listdir(self.path) if lockfile.PREFIX in name}
 
     def read_locks(self, names: set[str]) -> list[LockFile]:
-        """Read the lock files of these names; what is left of their jobs is open."""
+        """Read the lock files of these names; some are not judged yet."""
         deadline = time.monotonic() + lockfile.OPEN_TIMEOUT
         files = [
             lockfile.read(self.join(name), deadline)
@@ -110,29 +118,26 @@ class LockDirectory:
         return [file for file in files if file]
 
     def waiting(self, names: set[str], now: float) -> list[Ticket]:
-        """Return the tickets of jobs that wait and live, who came first first.
+        """Return the tickets of jobs that wait and live, in the order of their turns.
 
-        :param names: of all that has to do with locks
+        :param names: what lies in the directory
         :param now: in seconds since the Epoch, by the clock of the file system
         """
         tickets = []
         for orphan in orphans(names):
+            if orphan["kind"] != ".host":
+                continue
             found = None
-            if orphan["kind"] == ".host":
-                with contextlib.suppress(OSError):
-                    found = card.read(self.join(orphan["lock_name"]))
-            if not found or found.has_left:
-                continue  # avocado-vt, which knows no cards, has removed its lock file.
-            # A job that has just come has not renewed its card yet. Maybe it is about
-            # to publish its lock.
-            if found.came < found.renewed > now - TICKET_TIMEOUT:
+            with contextlib.suppress(OSError):
+                found = card.read(self.join(orphan["lock_name"]))
+            if found and _is_ticket(found, now):
                 tickets.append(Ticket(orphan["lock_name"], found))
         return sorted(tickets, key=lambda ticket: ticket.turn)
 
     def remove_litter(self, names: set[str], new_file: str) -> None:
         """Remove what crashes have left and no lock file belongs to.
 
-        :param names: of all that has to do with locks
+        :param names: what lies in the directory
         :param new_file: the path of a file that is new by the clock of the file system
         """
         for orphan in orphans(names):
@@ -143,8 +148,19 @@ class LockDirectory:
                     os.unlink(path)
 
 
+def _is_ticket(found: Card, now: float) -> bool:
+    """Tell whether a card without a lock file is the ticket of a job that lives."""
+    if found.has_left:
+        return False  # avocado-vt, which knows no cards, has removed its lock file.
+    # A job that has just come may be about to publish its lock. It renews its card when
+    # its first attempt has failed.
+    has_waited = found.came < found.renewed
+    is_alive = now - found.renewed < TICKET_TIMEOUT
+    return has_waited and is_alive
+
+
 def orphans(names: set[str]) -> list[re.Match[str]]:
-    """Return what belongs to a lock, and has none beside it."""
+    """Return the names of cards and unpublished files without their lock file."""
     matches = [_COMPANION.fullmatch(name) for name in names if name.startswith(".")]
     return [match for match in matches if match and match["lock_name"] not in names]
 
@@ -162,7 +178,7 @@ def take(guard: int) -> None:
 
 
 def free(guard: int) -> None:
-    """Have others take the guard before it is closed."""
+    """Let others take the guard."""
     with contextlib.suppress(OSError):
         fcntl.flock(guard, fcntl.LOCK_UN)
 
@@ -179,6 +195,6 @@ def reported_as(use: Use) -> Iterator[None]:
         raise DirectoryError(use, error) from error
 
 
-def gone() -> FileNotFoundError:
-    """Return the error of the system for a file that is not there any more."""
-    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+def system_error(code: int) -> OSError:
+    """Return the error that the system has for a number of errno(3)."""
+    return OSError(code, os.strerror(code))

@@ -7,6 +7,7 @@ one that it knows.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -53,7 +54,7 @@ class VTJobLock(JobPre):
         except BaseException as error:
             stop: BaseException = SystemExit(_JOB_FAIL)
             try:
-                stop = _stop_without_package(job) or refusal.stop(job, error)
+                stop = _stop_without_package(job) or _stop(job, error)
             finally:
                 # Whatever comes now, a signal for example, Avocado must not go on.
                 raise stop from None
@@ -72,11 +73,13 @@ class VTJobUnlock(JobPost):
 
         :param job: the job that has ended, in whatever way
         """
+        if _import_error:
+            return
         try:
             refusal.rearm(job)
             _give_back(job)
         finally:
-            # After one Ctrl-C too many the next job judges what is left.
+            # After Ctrl-C in the middle of that the next job judges what is left.
             lock: JobLock | None = vars(job).get(_LOCK)
             if lock:
                 lock.abandon()
@@ -86,6 +89,13 @@ def _tests(job: Job) -> list[Runnable]:
     # A suite whose references are not resolved yet has None for tests.
     suites = [suite for suite in job.test_suites if getattr(suite, "enabled", True)]
     return [test for suite in suites for test in suite.tests or ()]
+
+
+def _stop(job: Job, error: BaseException) -> BaseException:
+    directory = None
+    with contextlib.suppress(Exception):
+        directory = _config_of(job).get(DIR)
+    return refusal.stop(job, error, directory)
 
 
 def _stop_without_package(job: Job) -> BaseException | None:
@@ -104,7 +114,7 @@ def _acquire(job: Job) -> None:
     """Take the lock, and wait for it if that is set."""
     if _import_error:
         raise _import_error
-    # Its program may run a job again that was stopped.
+    # A program may run the same job again after it was stopped.
     refusal.forget(job)
     refusal.disarm(job)
     config = _config_of(job)
@@ -112,7 +122,7 @@ def _acquire(job: Job) -> None:
     timeout = options.timeout(config[TIMEOUT])
     directory = options.directory(config[DIR])
     lock = JobLock(directory, str(job.unique_id))
-    # Before the first attempt: to give back what is not held does no harm.
+    # Before the first attempt, so that post() finds whatever comes of it.
     vars(job)[_LOCK] = lock
     messages.tell_of_stale(waiting.acquire(lock, timeout))
     _warn(directory)
@@ -145,9 +155,9 @@ def _warn(directory: str) -> None:
 def _give_back(job: Job) -> None:
     """Give the lock back if the job has it."""
     lock: JobLock | None = vars(job).get(_LOCK)
-    if lock and lock.held:
-        # What a passed test leaves is left on purpose. Where guests are kept,
-        # avocado-vt leaves them for the next job.
+    if lock and lock.is_held:
+        # A test that has passed may leave guests on purpose. Where guests are kept,
+        # every test leaves them for the next job.
         keeps_guests = job.config.get("vt.setup.keep_guest_running") is True
         looks = not _all_passed(job)
         ending.give_back(lock, looks=looks, tests_only=keeps_guests)

@@ -1,8 +1,7 @@
 """What /proc tells of processes, as proc(5) describes it.
 
-A PID is a number in the PID namespace that this /proc shows, and a start time is a
-number of clock ticks since the host was booted. Together they name one process of this
-boot.
+A PID is a number in the PID namespace that this /proc shows. A start time is a number
+of clock ticks since the host was booted. Together they name one process of this boot.
 """
 
 from __future__ import annotations
@@ -14,24 +13,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-#: For how long to look again at what comes and goes, in seconds.
+#: How long a scan may look at a host on which processes come and go, in seconds.
 SETTLE_TIMEOUT = 3.0
-#: How long to wait between two rounds, in seconds.
+#: How long a scan waits before it looks for what is new, in seconds.
 ROUND_PAUSE = 0.005
-#: In the middle of an exec(2), and at its end, a process shows no environment. From
-#: this time on, in seconds, it is taken to have none.
+
+# In the middle of an exec(2), and at its end, a process has no environment for some
+# microseconds. So one that shows none is looked at again, for example at 0, 3 and 7 ms.
+# A process that shows an environment at none of these looks was started without one.
+EXEC_LOOKS = 3
+#: How far the first and the last of these looks are apart, in seconds.
 EXEC_TIME = 0.005
-#: The same where it shows no command line either: from then on it hangs there.
+#: The same for a process that shows no command line either: it hangs in its exec then.
 BLANK_TIME = 0.5
-#: One look may fall into the exec of a process and a second one into its end.
-BLANK_LOOKS = 3
 
 #: PF_KTHREAD of the kernel's include/linux/sched.h, a flag in /proc/PID/stat.
 _KERNEL_THREAD = 0x00200000
-#: The user namespace in which a host boots: PROC_USER_INIT_INO of the kernel's
-#: include/linux/proc_ns.h. A map of user ids is no sign: any namespace may have them
-#: all.
+#: The user namespace in which a host begins, by PROC_USER_INIT_INO of the kernel's
+#: include/linux/proc_ns.h.
 _FIRST_USER_NAMESPACE = "user:[4026531837]"
+#: The number of CAP_SYS_PTRACE in capabilities(7).
+_CAP_SYS_PTRACE = 19
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,14 @@ class Process:
     environ: bytes | None  # the same of its environment; None where that is denied
 
     @property
+    def has_no_environ(self) -> bool:
+        """Whether it shows an empty environment, as a kernel thread always does."""
+        return self.environ == b"" and not self.stat.is_kernel_thread
+
+    @property
     def is_blank(self) -> bool:
         """Whether nobody can tell what it is: it hangs in an exec, or at its end."""
-        is_readable = self.environ == b"" and not self.stat.is_kernel_thread
-        return is_readable and not self.command
+        return self.has_no_environ and not self.command
 
 
 def age(started: int) -> float:
@@ -76,7 +82,7 @@ def read_stat(pid: int) -> Stat:
     with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
         text = os.fsdecode(file.read())
     # 4242 (qemu-system-x86) S 1 4242 4242 0 -1 4194560 9012 0 0 0 12 5 0 0 20 0 3 0
-    # 812345 ... The name, in parentheses, may hold anything, parentheses too.
+    # 81234 The name, in parentheses, may hold anything, parentheses too.
     head, _, tail = text.rpartition(")")
     fields = tail.split()
     state, parent, flags = fields[0], int(fields[1]), int(fields[6])
@@ -120,7 +126,7 @@ def shows_own_namespace() -> bool:
 def ancestors() -> set[int]:
     """Return the PIDs of the parent of this process, of its parent, and so on.
 
-    It ends where /proc hides one, of another user for example.
+    The last one is that before a process that /proc hides, one of another user maybe.
     """
     found: set[int] = set()
     with contextlib.suppress(OSError):
@@ -141,7 +147,12 @@ def has_open(pid: int, file_name: str) -> bool:
     :raises OSError: when there is no such process
     """
     with os.scandir(f"/proc/{pid}/fd") as links:
-        return any(os.readlink(link).find(file_name) >= 0 for link in links)
+        for link in links:
+            # A descriptor may be closed meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if file_name in os.readlink(link):
+                    return True
+    return False
 
 
 def read_command(pid: int) -> bytes:
@@ -150,9 +161,9 @@ def read_command(pid: int) -> bytes:
 
 
 def hides_others() -> bool:
-    """Tell whether /proc is mounted so that it hides processes of other users.
+    """Tell whether /proc hides processes of other users from this process.
 
-    :raises OSError: when the mounts cannot be read
+    :raises OSError: when the mounts or the capabilities cannot be read
     """
     options = ""
     with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
@@ -162,11 +173,22 @@ def hides_others() -> bool:
             # Of several mounts there the last one is on top.
             if fields[1] == "/proc":
                 options = fields[3]
-    return "hidepid=" in options
+    return "hidepid=" in options and not _may_trace_all()
+
+
+def _may_trace_all() -> bool:
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            # CapEff:	000001ffffffffff
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> _CAP_SYS_PTRACE & 1)
+    return False
 
 
 def is_in_user_namespace() -> bool:
     """Tell whether this process may be denied what its user may do on the host.
+
+    So it is in a toolbox or a rootless container.
 
     :raises OSError: when that cannot be read
     """
@@ -177,52 +199,59 @@ def is_in_user_namespace() -> bool:
 
 
 class Scan:
-    """A bounded look at all processes but this one, as far as it has got.
+    """A bounded look at all processes but this one.
 
-    It reads in a thread, which can be left behind: who reads the environment of a
-    process waits while its memory changes, and that may in turn wait for storage that
-    is dead.
+    It reads in a thread of its own. To read the environment of a process may take for
+    ever, when that process waits for storage that is dead; then the thread is left
+    behind.
 
     :param since: a start time in ticks; what has started before is not read
+    :param timeout: how long it may take, in seconds
     :param visit: called once, in the thread, with each process that was read
     :raises RuntimeError: when no thread can be started
     """
 
-    def __init__(self, since: int, visit: Callable[[Process], None]) -> None:
-        self.since = since
-        self.is_complete = False  # whether no process can have been missed
+    def __init__(
+        self, since: int, timeout: float, visit: Callable[[Process], None]
+    ) -> None:
         self.denied: list[Process] = []  # those whose environment may not be read
+        self.hides_others = False  # see the function of this name
+        self.is_in_user_namespace = False  # see the function of this name
+        # The result, when wait() has returned.
+        self.is_complete = False  # whether no process can have been missed
         self.hanging: Stat | None = None  # the process that was not read in time
         self.problem: OSError | None = None  # why none can be seen
-        self.hides_others = False
-        self.is_in_user_namespace = False
+        self._since = since
+        self._timeout = timeout
+        # The thread looks at nothing more when half of the time is over. So if it is
+        # still there at the end of the time, a process does not answer.
+        self._deadline = time.monotonic() + min(SETTLE_TIMEOUT, timeout / 2)
         self._visit = visit
-        self._failure: BaseException | None = None
         self._has_seen_all = False
+        self._failure: BaseException | None = None
         self._at: Stat | None = None  # the process that is being read
         self._done: set[int] = set()
-        self._without_environ: dict[tuple[int, int], _Looks] = {}
+        self._looks: dict[tuple[int, int], _Looks] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def wait(self, timeout: float) -> None:
-        """Wait until the scan is over, or until it is plain that a process hangs.
+    def wait(self) -> None:
+        """Wait until the scan is over, or a process hangs, or the time is over.
 
-        :param timeout: for how long, in seconds
         :raises Exception: whatever nobody has foreseen in the thread
         """
-        self._thread.join(timeout)
-        if self.is_running:
-            # It stays so: what the thread finds from now on may not be all.
-            self.hanging = self._at
-        else:
+        self._thread.join(self._timeout)
+        if not self.is_running:
             self.is_complete = self._has_seen_all
+        else:
+            # What the thread does from now on makes the scan not complete any more.
+            self.hanging = self._at
         if self._failure:
             raise self._failure
 
     @property
     def is_running(self) -> bool:
-        """Whether its thread still waits for a process."""
+        """Whether its thread has not ended."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -230,8 +259,7 @@ class Scan:
             self.hides_others = hides_others()
             self.is_in_user_namespace = is_in_user_namespace()
             self._done.add(own_pid())
-            deadline = time.monotonic() + SETTLE_TIMEOUT
-            while not self._has_seen_all and time.monotonic() < deadline:
+            while not self._has_seen_all and time.monotonic() < self._deadline:
                 self._has_seen_all = self._look_at_all()
         except OSError as error:
             self.problem = error
@@ -245,14 +273,15 @@ class Scan:
         # What is gone may have left its PID to another process.
         self._done &= listed
         for pid in listed - self._done:
+            if time.monotonic() > self._deadline:
+                return False
             try:
                 self._look_at(pid)
             except (FileNotFoundError, ProcessLookupError):
                 # It may have started another one, which only the next round shows.
                 has_ended = True
             except PermissionError:
-                # It is another user's, and hidden by hidepid=1.
-                self._done.add(pid)
+                self._note_hidden(pid)
         is_all = not has_ended and listed <= self._done
         if not is_all and not has_ended:
             time.sleep(ROUND_PAUSE)
@@ -261,7 +290,7 @@ class Scan:
     def _look_at(self, pid: int) -> None:
         """Read a process, and be done with it unless it is in the middle of an exec."""
         stat = self._at = read_stat(pid)
-        if stat.started < self.since:
+        if stat.started < self._since:
             self._done.add(pid)
             return
         if stat.has_ended:
@@ -280,15 +309,26 @@ class Scan:
             self.denied.append(process)
         self._visit(process)
 
+    def _note_hidden(self, pid: int) -> None:
+        """Note a process that hidepid=1 lists, but does not let be read."""
+        self._done.add(pid)
+        with contextlib.suppress(OSError):
+            uid = os.stat(f"/proc/{pid}").st_uid
+            unknown = Stat(
+                pid, "", 0, self._since, has_ended=False, is_kernel_thread=False
+            )
+            self.denied.append(Process(unknown, uid, b"", None))
+
     def _is_in_exec(self, process: Process) -> bool:
-        stat = process.stat
-        if process.environ != b"" or stat.is_kernel_thread:
+        """Tell whether a process is looked at again: it shows no environment now."""
+        if not process.has_no_environ:
             return False
         now = time.monotonic()
-        looks = self._without_environ.setdefault((stat.pid, stat.started), _Looks(now))
+        key = (process.stat.pid, process.stat.started)
+        looks = self._looks.setdefault(key, _Looks(now))
         looks.count += 1
         limit = BLANK_TIME if process.is_blank else EXEC_TIME
-        return looks.count < BLANK_LOOKS or now - looks.first < limit
+        return looks.count < EXEC_LOOKS or now - looks.first < limit
 
 
 @dataclass

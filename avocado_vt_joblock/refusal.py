@@ -13,7 +13,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from avocado_vt_joblock import DIR, messages
+from avocado_vt_joblock import messages
 
 if TYPE_CHECKING:
     from avocado.core.job import Job
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TEST_NAME = "vt-joblock"
 _JOB_FAIL = 2  # avocado.core.exit_codes.AVOCADO_JOB_FAIL
 _JOB_INTERRUPTED = 8  # avocado.core.exit_codes.AVOCADO_JOB_INTERRUPTED
-#: Set so, these make Avocado run no post-job script, and say nothing of that.
+#: With these settings Avocado runs no post-job script, and does not complain of that.
 _NO_SCRIPTS = {
     "plugins.jobscripts.post": os.devnull,
     "plugins.jobscripts.warn_non_existing_dir": False,
@@ -54,7 +54,7 @@ def rearm(job: Job) -> None:
 
 
 def forget(job: Job) -> None:
-    """Have a job that was stopped before be as if it had not run yet."""
+    """Undo what an earlier run of a job that was stopped has changed in it."""
     rearm(job)
     results = vars(job).pop(_RESULTS, None)
     if results:
@@ -62,19 +62,25 @@ def forget(job: Job) -> None:
         vars(job.result).update(shown)
 
 
-def stop(job: Job, error: BaseException) -> BaseException:
+def stop(job: Job, error: BaseException, directory: object) -> BaseException:
     """Tell why a job is stopped, and have its results show that.
 
-    :param job: the job, which may be anything
+    Whatever of that fails, the job is stopped.
+
+    :param job: the job; a program may have changed it in any way
     :param error: what stops it
+    :param directory: the lock directory, as it is set
     :return: the exception by which Avocado stops it
     """
     with contextlib.suppress(Exception):
         disarm(job)
     text = f"{type(error).__name__}: {error}"
     with contextlib.suppress(Exception):
-        text = messages.refusal(error, job.config.get(DIR), job.logfile)
-    unforeseen = error if messages.is_unforeseen(error) else None
+        text = messages.refusal(error, directory, job.logfile)
+    is_ours = messages.why_stopped(error, directory)
+    is_interruption = isinstance(error, (KeyboardInterrupt, SystemExit))
+    # Only what nobody has thought of is told with a traceback: it looks like a crash.
+    unforeseen = None if is_ours or is_interruption else error
     messages.tell(text, logging.ERROR, loggers=(messages.JOB_LOG,), error=unforeseen)
     with contextlib.suppress(Exception):
         _show_in_results(job, text, messages.headline(error, text))
@@ -99,7 +105,7 @@ def _exception_of_avocado(job: Job, text: str) -> BaseException:
 
 
 def _show_in_results(job: Any, text: str, headline: str) -> None:
-    """Have the results of a job that runs no test show an error: some read no more."""
+    """Have the results of a job that runs no test show an error, for a CI to see."""
     from avocado.core.test_id import TestID
 
     class LockID(TestID):

@@ -13,7 +13,7 @@ import os
 from avocado.core import settings as avocado_settings
 from avocado.core.plugin_interfaces import Init, Settings
 
-from avocado_vt_joblock import SECTION, data_file
+from avocado_vt_joblock import SECTION, installed_file
 
 #: The administrator's config file. avocado-vt's RPM brings one, too.
 ADMIN_FILE = "/etc/avocado/conf.d/vt_joblock.conf"
@@ -77,7 +77,7 @@ class VTJobLockSettings(Settings):
         :param paths: the config files that Avocado will read, in order; changed here
         """
         first = []
-        installed = data_file(INSTALLED_FILE)
+        installed = installed_file(INSTALLED_FILE)
         # Below the prefix / it is the administrator's.
         if installed and installed != ADMIN_FILE:
             first.append(installed)

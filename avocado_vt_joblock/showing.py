@@ -1,4 +1,7 @@
-"""``avocado vt-joblock show``: who holds the lock, and who waits."""
+"""``avocado vt-joblock show``: who holds the lock, and who waits.
+
+It makes no file, takes no lock, and removes nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,23 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from avocado_vt_joblock import formats, leftovers, lockfile, messages, options
+from avocado_vt_joblock import (
+    DIR,
+    TIMEOUT,
+    advice,
+    formats,
+    leftovers,
+    lockdir,
+    lockfile,
+    messages,
+    options,
+)
 from avocado_vt_joblock.leftovers import LOOK_TIMEOUT, JobProcess
 from avocado_vt_joblock.lockdir import DirectoryError, LockDirectory, Ticket, Use
 from avocado_vt_joblock.lockfile import LockFile, State
+
+#: The exit code where a file for JSON cannot be written.
+NOT_WRITTEN = 1
 
 
 @dataclass
@@ -23,9 +39,9 @@ class Survey:
     directory: str
     files: list[LockFile] = field(default_factory=list)
     waiting: list[Ticket] = field(default_factory=list)
-    #: What of the job of a live lock is seen to run, by the path of its file.
+    #: What is seen to run of a job whose own process lives, by the path of its file.
     processes: dict[str, list[JobProcess]] = field(default_factory=dict)
-    #: Why a job would be stopped, whatever the locks are.
+    #: What is wrong with the settings or the directory, so that each job is stopped.
     problem: str = ""
 
     @property
@@ -41,57 +57,73 @@ class Survey:
         return "refused" if states or self.waiting else "free"
 
 
-def show(directory: object, json_file: str | None) -> int:
+def show(config: dict[str, Any], json_file: str | None) -> int:
     """Show the lock of a directory.
 
-    :param directory: the lock directory, as it is set
+    :param config: the settings
     :param json_file: where to write the same as JSON; "-" for standard output
     :return: the exit code: 0 if a job would get the lock, 2 if not
     """
-    survey = _survey(directory)
-    if json_file:
-        text = json.dumps(_as_json(survey), indent=4)
-        if json_file == "-":
-            _print(text)
-        else:
+    survey = _survey(config)
+    if json_file == "-":
+        _print(json.dumps(_as_json(survey), indent=4))
+    else:
+        _show_text(survey)
+    if json_file and json_file != "-":
+        try:
             with open(json_file, "w", encoding="utf-8") as file:
-                file.write(f"{text}\n")
-    if json_file != "-":
-        is_free = survey.verdict == "free"
-        _print(messages.overview(survey.directory, survey.waiting, is_free=is_free))
-        if survey.problem:
-            _print(survey.problem)
-        for lock_file in survey.files:
-            processes = survey.processes.get(lock_file.path, [])
-            _print(messages.shown(lock_file, processes))
+                json.dump(_as_json(survey), file, indent=4)
+        except OSError as error:
+            messages.tell(f"{json_file}: {error.strerror}")
+            return NOT_WRITTEN
     return 0 if survey.verdict == "free" else 2
 
 
-def _survey(directory: object) -> Survey:
-    survey = Survey(str(directory))
+def _survey(config: dict[str, Any]) -> Survey:
+    survey = Survey(str(config[DIR]))
     try:
-        survey.directory = options.directory(directory)
-        lock_directory = LockDirectory(survey.directory)
-        names = lock_directory.names()
-        survey.files = lock_directory.read_locks(names)
+        options.check_order(config.get("plugins.job.prepost.order"))
+        options.timeout(config[TIMEOUT])
+        survey.directory = options.directory(config[DIR])
+        directory = LockDirectory(survey.directory)
+        names = directory.names()
+        survey.files = directory.read_locks(names)
         lockfile.judge_by_leftovers(survey.files, LOOK_TIMEOUT)
         survey.files.sort(key=lambda file: file.state)
-        survey.waiting = lock_directory.waiting(names, time.time())
-        survey.processes = _processes_of_live(survey.files)
+        # By the clock of this host: to ask that of the file system a file has to be
+        # made.
+        survey.waiting = directory.waiting(names, time.time())
+        survey.processes = _processes_of_living(survey.files)
         if not os.access(survey.directory, os.W_OK | os.X_OK):
-            raise DirectoryError(Use.WRITE, _no_permission())
-    except (DirectoryError, options.OptionError) as error:
-        survey.problem = messages.refusal(error, directory, log="")
+            denied = DirectoryError(Use.WRITE, lockdir.system_error(errno.EACCES))
+            survey.problem = messages.why_stopped(denied, config[DIR])
+    except (DirectoryError, options.OptionError, options.OrderError) as error:
+        survey.problem = messages.why_stopped(error, config[DIR])
     return survey
 
 
-def _processes_of_live(files: list[LockFile]) -> dict[str, list[JobProcess]]:
-    """Return what is seen to run of jobs whose own process lives, too."""
-    live = [file for file in files if file.is_held_here]
-    if not live:
+def _processes_of_living(files: list[LockFile]) -> dict[str, list[JobProcess]]:
+    """Return what is seen to run of jobs whose own process lives on this host."""
+    living = [
+        file
+        for file in files
+        if file.state in (State.LIVE, State.OUTER)
+        and not file.processes
+        and not file.is_elsewhere
+    ]
+    if not living:
         return {}
-    look = leftovers.Look.take(min(file.trace.since for file in live), LOOK_TIMEOUT)
-    return {file.path: look.leftovers_of(file.trace).processes for file in live}
+    look = leftovers.Look.take(min(file.trace.since for file in living), LOOK_TIMEOUT)
+    return {file.path: look.leftovers_of(file.trace).processes for file in living}
+
+
+def _show_text(survey: Survey) -> None:
+    is_free = survey.verdict == "free"
+    _print(messages.overview(survey.directory, survey.waiting, is_free=is_free))
+    if survey.problem:
+        _print(survey.problem)
+    for file in survey.files:
+        _print(advice.on_showing(file, survey.processes.get(file.path, [])))
 
 
 def _as_json(survey: Survey) -> dict[str, Any]:
@@ -100,32 +132,13 @@ def _as_json(survey: Survey) -> dict[str, Any]:
         "directory": survey.directory,
         "verdict": survey.verdict,
         "problem": survey.problem or None,
-        "locks": [
-            {
-                "file": file.path,
-                "state": file.state.name.lower(),
-                "reason": messages.reason(file) or None,
-                **_whose(file.host, file.pid, file.uid),
-                "command": file.command() or None,
-                "job_id": file.job_id,
-                "since": formats.iso_time(file.since),
-                "processes": [
-                    {
-                        "pid": process.pid,
-                        "command": process.command,
-                        "uid": process.uid,
-                        "user": formats.user(process.uid),
-                    }
-                    for process in file.processes or survey.processes.get(file.path, [])
-                ],
-            }
-            for file in survey.files
-        ],
+        "locks": [_lock_as_json(survey, file) for file in survey.files],
         "waiting": [
             {
-                **_whose(
-                    ticket.card.identity.host, ticket.card.identity.pid, ticket.card.uid
-                ),
+                "host": ticket.card.identity.host,
+                "pid": ticket.card.identity.pid,
+                "uid": ticket.card.uid,
+                "user": formats.user(ticket.card.uid),
                 "since": formats.iso_time(ticket.card.came),
             }
             for ticket in survey.waiting
@@ -133,15 +146,31 @@ def _as_json(survey: Survey) -> dict[str, Any]:
     }
 
 
-def _whose(host: str | None, pid: int, uid: int | None) -> dict[str, Any]:
-    user = None if uid is None else formats.user(uid)
-    return {"host": host, "pid": pid or None, "uid": uid, "user": user}
+def _lock_as_json(survey: Survey, file: LockFile) -> dict[str, Any]:
+    processes = file.processes or survey.processes.get(file.path, [])
+    return {
+        "file": file.path,
+        "state": file.state.name.lower(),
+        "reason": advice.reason(file) or None,
+        "host": file.card.identity.host if file.card else None,
+        "pid": file.pid or None,
+        "command": file.command() or None,
+        "uid": file.uid,
+        "user": None if file.uid is None else formats.user(file.uid),
+        "job_id": file.job_id,
+        "since": formats.iso_time(file.since),
+        "processes": [
+            {
+                "pid": process.pid,
+                "command": process.command,
+                "uid": process.uid,
+                "user": formats.user(process.uid),
+            }
+            for process in processes
+        ],
+    }
 
 
 def _print(text: str) -> None:
     # Avocado shows it on standard output.
     logging.getLogger(messages.USER_LOG).info("%s", text)
-
-
-def _no_permission() -> PermissionError:
-    return PermissionError(errno.EACCES, os.strerror(errno.EACCES))

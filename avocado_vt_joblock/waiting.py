@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import random
+import shutil
 import sys
 import time
-from typing import NamedTuple
 
 from avocado_vt_joblock import messages
-from avocado_vt_joblock.formats import duration
 from avocado_vt_joblock.lock import JobLock, LockInTheWayError, WaitedInVainError
 from avocado_vt_joblock.lockdir import DirectoryError
 from avocado_vt_joblock.lockfile import LockFile, State
@@ -18,10 +16,10 @@ from avocado_vt_joblock.lockfile import LockFile, State
 ATTEMPT_INTERVAL = 1.0
 #: How often it says that it still waits, in seconds.
 REMINDER_INTERVAL = 300.0
-#: How long it puts up with what may pass by itself, in seconds.
+#: How long it puts up with a trouble, such as a full disk, in seconds.
 TROUBLE_TIMEOUT = 60.0
 
-#: What clears a line on a terminal, by console_codes(4).
+#: What clears a line of a terminal, by console_codes(4).
 _CLEAR_LINE = "\r\x1b[K"
 
 
@@ -42,7 +40,7 @@ def acquire(lock: JobLock, timeout: float) -> list[LockFile]:
             try:
                 stale = lock.acquire(waits=True)
             except (LockInTheWayError, DirectoryError) as error:
-                wait.go_on(error)
+                wait.pause(error)
             else:
                 wait.tell_obtained()
                 return stale
@@ -50,17 +48,8 @@ def acquire(lock: JobLock, timeout: float) -> list[LockFile]:
         wait.tell_stopped()
         raise
     finally:
-        if not lock.held:
+        if not lock.is_held:
             lock.abandon()
-
-
-class _Situation(NamedTuple):
-    """What a waiting job tells once, and again when it changes."""
-
-    path: str
-    state: State | None
-    has_processes: bool
-    has_tests: bool
 
 
 class _Wait:
@@ -73,99 +62,107 @@ class _Wait:
         self._timeout = timeout
         self._started = time.monotonic()
         self._trouble_since: float | None = None
-        self._told: set[_Situation | str] = set()
+        self._told: set[tuple[object, ...]] = set()
         self._told_at = self._started
-        self._is_first = True
+        self._has_waited = False
 
-    def go_on(self, error: LockInTheWayError | DirectoryError) -> None:
-        """Pause until the next attempt, if the job is to wait on.
+    def pause(self, error: LockInTheWayError | DirectoryError) -> None:
+        """Wait until the next attempt, or give up.
 
-        :param error: what has stopped the last attempt; raised where it is of no use
+        :param error: what has stopped the last attempt; it is raised to give up
         """
-        self._check_use(error)
-        waited = self._waited()
+        if not self._may_pass(error):
+            self._clear_terminal()
+            raise error
+        waited = time.monotonic() - self._started
         if waited >= self._timeout:
+            self._clear_terminal()
             if isinstance(error, LockInTheWayError):
                 raise WaitedInVainError(error, waited) from None
             raise error
-        self._is_first = False
-        self._tell(error)
-        self._show_on_terminal(error)
+        self._has_waited = True
+        self._tell(error, waited)
+        self._show_on_terminal(error, waited)
+        # Jobs that came together do not try together for ever.
         pause = ATTEMPT_INTERVAL * random.uniform(0.5, 1)
         time.sleep(min(pause, self._timeout - waited))
 
     def tell_obtained(self) -> None:
         """Tell how long the job has waited, if it has."""
         self._clear_terminal()
-        if not self._is_first:
-            waited = duration(self._waited())
-            messages.tell(messages.OBTAINED.format(waited=waited))
+        if self._has_waited:
+            messages.tell(messages.obtained(time.monotonic() - self._started))
 
     def tell_stopped(self) -> None:
         """Tell the user that the wait was stopped from outside."""
         self._clear_terminal()
-        waited = duration(self._waited())
-        text = messages.STOPPED.format(waited=waited)
+        text = messages.stopped_waiting(time.monotonic() - self._started)
         messages.tell(text, loggers=(messages.USER_LOG,))
 
-    def _waited(self) -> float:
-        return time.monotonic() - self._started
+    def _may_pass(self, error: LockInTheWayError | DirectoryError) -> bool:
+        """Tell whether it is of use to wait.
 
-    def _check_use(self, error: LockInTheWayError | DirectoryError) -> None:
-        """Raise an error that does not pass by itself, or has not for too long."""
+        Another job ends at some time. A job that this one is part of does not. Anything
+        else is a trouble: a full disk, a server that does not answer, a lock that
+        nobody can judge. At the first attempt it is most likely a mistake that stays.
+        Later it may pass in a minute.
+        """
         if isinstance(error, LockInTheWayError):
             if error.may_pass:
                 self._trouble_since = None
-                return
+                return True
             if error.file and error.file.state is State.OUTER:
-                raise error
-        # A full disk, a server that does not answer for a moment, or a file that
-        # somebody is writing.
+                return False
         now = time.monotonic()
         if self._trouble_since is None:
             self._trouble_since = now
-        if self._is_first or now - self._trouble_since >= TROUBLE_TIMEOUT:
-            self._clear_terminal()
-            raise error
+        return self._has_waited and now - self._trouble_since < TROUBLE_TIMEOUT
 
-    def _tell(self, error: LockInTheWayError | DirectoryError) -> None:
-        """Tell what the job waits for, if that is new or was told long ago."""
-        now = time.monotonic()
-        until = messages.until(self._timeout - self._waited())
+    def _tell(self, error: LockInTheWayError | DirectoryError, waited: float) -> None:
+        """Tell once what the job waits for, and remind of that from time to time."""
+        seconds = self._timeout - waited
         situation = _situation(error)
+        now = time.monotonic()
         if situation not in self._told:
             self._told.add(situation)
-            text = messages.waiting(error, until)
+            text = messages.waiting(error, seconds)
         elif now - self._told_at > REMINDER_INTERVAL:
-            waited = duration(self._waited())
-            text = messages.STILL_WAITING.format(until=until, waited=waited)
+            text = messages.still_waiting(waited, seconds)
         else:
             return
         self._told_at = now
         self._clear_terminal()
         messages.tell(text)
 
-    def _show_on_terminal(self, error: LockInTheWayError | DirectoryError) -> None:
-        if not sys.stderr.isatty():
+    def _show_on_terminal(
+        self, error: LockInTheWayError | DirectoryError, waited: float
+    ) -> None:
+        if not _has_terminal():
             return
-        limit = "" if self._timeout == math.inf else duration(self._timeout)
         before = error.jobs_before if isinstance(error, LockInTheWayError) else 0
-        waited = duration(self._waited())
-        line = messages.on_terminal(waited, limit, before)
-        sys.stderr.write(f"{_CLEAR_LINE}{line}")
+        line = messages.on_terminal(waited, self._timeout, before)
+        # A line that is too long would become two, of which only one is cleared.
+        columns = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"{_CLEAR_LINE}{line[:columns]}")
         sys.stderr.flush()
 
     def _clear_terminal(self) -> None:
-        if not self._is_first and sys.stderr.isatty():
+        if self._has_waited and _has_terminal():
             sys.stderr.write(_CLEAR_LINE)
             sys.stderr.flush()
 
 
-def _situation(error: LockInTheWayError | DirectoryError) -> _Situation | str:
+def _has_terminal() -> bool:
+    # It is None in a program that was started without standard error.
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _situation(error: LockInTheWayError | DirectoryError) -> tuple[object, ...]:
+    """Return what of an error is worth telling when it changes."""
     if isinstance(error, DirectoryError):
-        return str(error)
-    if not error.file:
-        return _Situation("", None, has_processes=False, has_tests=False)
-    processes = error.file.processes
-    has_tests = any(process.test_of for process in processes)
-    return _Situation(error.file.path, error.file.state, bool(processes), has_tests)
+        return (str(error),)
+    file = error.file
+    if not file:
+        return ()
+    has_test = any(process.test_of for process in file.processes)
+    return (file.path, file.state, bool(file.processes), has_test)

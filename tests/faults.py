@@ -10,9 +10,18 @@ import time
 from types import SimpleNamespace
 from unittest import mock
 
-from avocado_vt_joblock import card, leftovers, lock, lockdir, lockfile, procfs
+from avocado_vt_joblock import (
+    card,
+    kernellock,
+    leftovers,
+    lock,
+    lockdir,
+    lockfile,
+    marks,
+    procfs,
+)
 
-ROOMS = (lock, lockdir, lockfile, card, leftovers, procfs)
+ROOMS = (lock, lockdir, lockfile, kernellock, card, leftovers, marks, procfs)
 # What it does beyond these is to read files of /proc.
 CALLS = {
     *("open", "write", "fchmod", "rename", "scandir", "listdir", "fstat", "read"),

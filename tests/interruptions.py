@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from avocado.core.result import Result
 
-from avocado_vt_joblock import leftovers, lock, lockdir, plugin
+from avocado_vt_joblock import lock, lockdir, marks, plugin
 
 PACKAGE = plugin.__file__.rpartition("/")[0]
 LIMIT = 10_000
@@ -92,7 +92,7 @@ def main(directory, case):
     holder = lock.JobLock(directory, "1" * 40)
     if case == "pre beside a holder":
         holder.acquire()
-    marks = leftovers.own_marks()
+    own_marks = marks.own()
     # At worst one keeps the guard, and others wait for it in vain.
     lockdir.GUARD_TIMEOUT = 0.001
     before = published()
@@ -111,12 +111,12 @@ def main(directory, case):
             # The file may stay: nobody may have looked for what is left.
             assert job.undone == ["post_tests", "scripts"], (place, job.undone)
             assert {type(error) for error in job.errors} <= {KeyboardInterrupt}, place
-        assert leftovers.own_marks() == marks, place
+        assert marks.own() == own_marks, place
         # The process goes on, and does not keep the lock; the same job may run again.
         job.undone.clear()
         run(job)
-        assert bool(job.errors) == holder.held, (place, job.errors)
-        expected = [] if holder.held else ["post_tests", "scripts"]
+        assert bool(job.errors) == holder.is_held, (place, job.errors)
+        expected = [] if holder.is_held else ["post_tests", "scripts"]
         assert job.undone == expected, (place, job.undone)
         assert published() == before, (place, published())
     print(f"{lines} lines")

@@ -9,7 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-from avocado_vt_joblock import card, leftovers, lock, lockdir, lockfile
+from avocado_vt_joblock import card, lock, lockdir, lockfile, marks
 
 CONTENT = {"this package": b"%d\n\n", "avocado-vt": b"%d"}
 AN_HOUR = 3600
@@ -119,7 +119,7 @@ def process(directory, *prefix, **options):
     """
     command = [*prefix, sys.executable, __file__, directory]
     # It is not of a job that holds a lock here.
-    options = {"env": {**os.environ, leftovers.VARIABLE: ""}, **options}
+    options = {"env": {**os.environ, marks.VARIABLE: ""}, **options}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, **options) as popen:
         popen.told = pickle.load(popen.stdout)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from avocado_vt_joblock import formats, messages
+from avocado_vt_joblock import advice, formats, messages
 from avocado_vt_joblock.card import Card, Identity, own_identity
 from avocado_vt_joblock.leftovers import JobProcess, Leftovers, Obstacle
 from avocado_vt_joblock.lock import JobIdError, LockInTheWayError, WaitedInVainError
@@ -100,7 +100,7 @@ LEFT = {
 TEXTS = {
     **{f"refusal: {name}": refusal(error) for name, error in ERRORS.items()},
     **{
-        f"waiting: {name}": messages.waiting(error, messages.until(60))
+        f"waiting: {name}": messages.waiting(error, 60.0)
         for name, error in ERRORS.items()
         if isinstance(error, (LockInTheWayError, DirectoryError))
     },
@@ -113,14 +113,16 @@ TEXTS = {
     "not released": messages.not_released(PermissionError(13, "denied"), PATH),
     "sticky bit": messages.no_sticky_bit("/locks"),
     "unknown key": messages.unknown_key("timout"),
-    "guests": messages.GUESTS_OF_OTHERS.format(user="user1", path=PATH),
-    "not removed": messages.NOT_REMOVED.format(error="denied", path=PATH),
+    "guests": advice.guests_of_others(lock_file(State.STALE)),
+    "not removed": messages.not_removed(lock_file(State.STALE, not_removed="denied")),
     "overview": messages.overview("/locks", [Ticket(NAME, card())], is_free=False),
-    "stale": messages.shown(lock_file(State.STALE), []),
-    "shown": messages.shown(IN_THE_WAY["held"], TEST),
-    "on terminal": messages.on_terminal("0:01:23", "1:00:00", 2),
+    "stale": advice.on_showing(lock_file(State.STALE), []),
+    "shown": advice.on_showing(IN_THE_WAY["held"], TEST),
+    "on terminal": messages.on_terminal(83.0, 3600.0, 2),
+    "stopped": messages.stopped_waiting(83.0),
+    "reminder": messages.still_waiting(300.0, 3600.0),
     "no command": messages.NO_COMMAND,
-    "option": messages.OPTION_OF_AVOCADO.format(option="--config"),
+    "option": messages.option_of_avocado("--config"),
 }
 
 
@@ -162,7 +164,7 @@ def test_advice_to_kill(left, kills):
     order = [text.find(part) for part in ("/proc/4/fd", "kill", "qemu-img check")]
     assert (order == sorted(order) and min(order) > 0) == bool(kills)
     assert ("env -u AVOCADO_VT_JOBLOCK" in text) == bool(kills or is_outer)
-    assert ("\nThis job was started by 5, which" in text) == is_outer
+    assert ("\nProcess 5 has started this job" in text) == is_outer
 
 
 def test_command_lines_are_tamed():
@@ -237,9 +239,9 @@ def test_what_to_do():
 def test_first_words_of_the_most_dangerous_state():
     """A guest that may run beside this job, which only others can see."""
     lines = TEXTS["guests"].splitlines()
-    assert lines[0].startswith("A guest of user1 may still run")
+    assert lines[0].startswith(f"A guest of {UID} may still run")
     assert "stop this job now" in " ".join(lines[:3])
-    assert "    pgrep -u user1 -af qemu" in lines
+    assert f"    pgrep -u {UID} -af qemu" in lines
     assert lines[-1] == f"    {PATH}"
 
 
@@ -289,8 +291,10 @@ def test_what_else_stops_a_job():
 
 
 @pytest.mark.parametrize(("name", "error"), ERRORS.items(), ids=ERRORS)
-def test_only_what_is_unforeseen_is_told_with_a_traceback(name, error):
-    assert messages.is_unforeseen(error) == (name == "unforeseen")
+def test_what_nobody_has_thought_of(name, error):
+    """Only of that the log has a traceback."""
+    is_known = bool(messages.why_stopped(error, "/locks"))
+    assert is_known == (name not in ("unforeseen", "interrupted"))
 
 
 def test_headline_says_whose_the_lock_is():
@@ -309,7 +313,7 @@ def test_one_is_not_many():
     assert "2 processes of it still run." in messages.ending(LEFT["test"], 5)
     assert "1 process of the job still runs:" in TEXTS["left: guest"]
     assert "2 processes of the job still run:" in TEXTS["left: test"]
-    assert ", after 1 job." in messages.on_terminal("0:00:01", "", 1)
+    assert ", after 1 job." in messages.on_terminal(1.0, math.inf, 1)
 
 
 def test_time():
@@ -321,8 +325,11 @@ def test_time():
     hours_ago = formats.since(time.time() - 2 * 3600 - 191)
     assert re.fullmatch(r"[\d-]{10} [\d:]{8} \(2:03:1\d ago\)", hours_ago)
     assert "ago" not in formats.since(time.time() + 3600)
-    assert messages.until(math.inf) == "for as long as it takes"
-    assert re.fullmatch(r"until [\d-]{10} [\d:]{8}", messages.until(60.5))
+    others_wait = LockInTheWayError(None, 1)
+    forever = messages.waiting(others_wait, math.inf)
+    assert forever.startswith("Waiting for as long as it takes:\n")
+    told = messages.waiting(others_wait, 60.5)
+    assert re.match(r"Waiting until [\d-]{10} [\d:]{8}:\n", told)
     iso = formats.iso_time(time.time())
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", iso)
     assert formats.iso_time(2.0**62) is None

@@ -23,7 +23,7 @@ from others import (
     process,
 )
 
-from avocado_vt_joblock import card, leftovers, lock, lockdir, lockfile, procfs
+from avocado_vt_joblock import card, kernellock, lock, lockdir, lockfile, marks, procfs
 
 JOB_ID = job_id(0xDEAD)
 ANOTHER_HOST = {"host": "hv7.lab", "boot": "0badb007"}
@@ -32,7 +32,7 @@ BLANK = b""
 FIRST, LAST = 0, 0xFFFFFFFF  # of all names
 #: How avocado-vt writes the file of a job that lives.
 LIVE_OF_AVOCADO_VT = b"%d" % os.getpid()
-MARK = {leftovers.VARIABLE: lock_path(Path(), 0xDEAD).name}
+MARK = {marks.VARIABLE: lock_path(Path(), 0xDEAD).name}
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_lock_of_the_last_boot_whose_kernel_lock_is_held(directory, path):
     """Hosts of one name share the directory, for example."""
     leave_card(path, **LAST_BOOT)
     with path.open("r+") as file:
-        lockfile.set_kernel_lock(file.fileno())
+        kernellock.take(file.fileno())
         assert attempt(directory).state == "LIVE"
     assert attempt(directory).state == "WON"
 
@@ -450,7 +450,7 @@ def looks_again(directory, meanwhile=lambda: None):
     pauses = []
 
     def hook(name, call):
-        if name == "sleep" and call.args == (lock.PAUSE,):
+        if name == "sleep" and call.args == (lock.RIVAL_PAUSE,):
             pauses.append(name)
             meanwhile()
         return call()

@@ -10,7 +10,7 @@ import pytest
 from faults import intercepted, only
 from others import CONTENT, attempt, contend, leave_card, leave_lock, names
 
-from avocado_vt_joblock import card, leftovers
+from avocado_vt_joblock import card, marks
 
 DIED = 77
 ERRORS = ["EIO", "ENOSPC", "EACCES", "EPERM", "EINTR", "ENOLCK"]
@@ -108,7 +108,7 @@ class Part:
     def check_directory(self, number):
         place = (number, self.calls)
         remove_litter(self.directory)
-        if self.live.held:
+        if self.live.is_held:
             assert attempt(self.directory).path == self.live.path, place
             self.live.release()
         assert attempt(self.directory).state == "WON", place
@@ -198,7 +198,7 @@ def test_error(part, situation, code):
             made.release()
             assert name == "unlink" or not os.path.lexists(made.path), name
         made.abandon()
-        assert not made.held
+        assert not made.is_held
 
 
 # An iterator that is interrupted before it has a name is closed when it is collected.
@@ -220,12 +220,12 @@ def test_interruption(part, after):
         made, what = part.begin()
         with interruption, contextlib.suppress(KeyboardInterrupt):
             what()
-        was_held = made.held
+        was_held = made.is_held
         made.abandon()
         assert made.path not in descriptors().values(), name
-        assert not made.held, name
+        assert not made.is_held, name
         assert was_held or not os.path.lexists(made.path), name
-        assert os.path.basename(made.path) not in leftovers.own_marks(), name
+        assert os.path.basename(made.path) not in marks.own(), name
 
 
 def test_short_write(directory):

@@ -31,7 +31,7 @@ from others import (
 )
 from sandbox import run_as
 
-from avocado_vt_joblock import leftovers, lockfile, procfs
+from avocado_vt_joblock import card, kernellock, leftovers, marks, procfs
 
 # What proc_pid_stat(5) shows of it is to be read from the last parenthesis on.
 ODD_NAME = f"open('/proc/self/comm', 'w').write('a) Z 0 ('); {WAIT}"
@@ -62,7 +62,7 @@ def judged(directory, path):
         # That PID was given to another process later.
         *[(ITS, kind, AN_HOUR, "STALE") for kind in ALIVE],
         # Two clocks differ a little, and files can be dated in the future.
-        (ITS, "alive", lockfile.CLOCK_SLACK / 2, "LIVE"),
+        (ITS, "alive", card.CLOCK_SLACK / 2, "LIVE"),
         (ITS, "alive", -AN_HOUR, "LIVE"),
     ],
 )
@@ -136,7 +136,7 @@ def test_which_is_told_of_several(directory, monkeypatch):
 
 def test_job_inside_of_a_job_is_told_so_before_all_else(directory, held):
     leave_lock(directory, content=b"")
-    inherited = {leftovers.VARIABLE: os.path.basename(held.path)}
+    inherited = {marks.VARIABLE: os.path.basename(held.path)}
     with process(directory, env={**os.environ, **inherited}) as nested:
         assert (nested.told.state, nested.told.path) == ("OUTER", held.path)
 
@@ -147,7 +147,7 @@ def test_attempt_that_fails_removes_nothing(directory, start):
     stale = [leave_lock(directory, number) for number in (1, 2)]
     ended = leave_lock(directory, 3)
     live = leave_lock(directory, 4, ITS, pid=os.getpid(), age=0)
-    guest = start(env={leftovers.VARIABLE: ended.name})
+    guest = start(env={marks.VARIABLE: ended.name})
     calls = []
 
     def told():
@@ -182,11 +182,11 @@ def test_many(directory):
 
 
 def test_only_its_owner_can_make_a_stale_lock_look_live(directory):
-    read_lock = lockfile._struct_flock(fcntl.F_RDLCK)
+    read_lock = kernellock._struct_flock(fcntl.F_RDLCK)
     for take in (
         lambda file: fcntl.flock(file, fcntl.LOCK_EX),
         lambda file: fcntl.lockf(file, fcntl.LOCK_SH),
-        lambda file: fcntl.fcntl(file, lockfile._SETLK, read_lock),
+        lambda file: fcntl.fcntl(file, kernellock._SETLK, read_lock),
     ):
         path = leave_lock(directory)
         with path.open() as stranger:
@@ -194,7 +194,7 @@ def test_only_its_owner_can_make_a_stale_lock_look_live(directory):
             assert judged(directory, path) == ("STALE", None)
     path = leave_lock(directory)
     with path.open("r+") as owner:
-        lockfile.set_kernel_lock(owner.fileno())
+        kernellock.take(owner.fileno())
         assert judged(directory, path) == ("LIVE", None)
 
 
@@ -416,7 +416,7 @@ def test_user_namespace_that_hides_the_guest_of_a_killed_job(
     user = ["setpriv", f"--reuid={uid}", "--clear-groups"]
     guest = start(
         command=[*user, "sh", "-c", "echo; read line"],
-        env={leftovers.VARIABLE: path.name},
+        env={marks.VARIABLE: path.name},
     )
     guest.stdout.readline()
     fork = multiprocessing.get_context("fork")

@@ -28,8 +28,9 @@ from others import (
 )
 from sandbox import processes, run_as, wait_for
 
-from avocado_vt_joblock import ending, leftovers, lock, lockdir, procfs
-from avocado_vt_joblock.leftovers import VARIABLE, Leftovers, Obstacle
+from avocado_vt_joblock import ending, helpers, leftovers, lock, lockdir, marks, procfs
+from avocado_vt_joblock.leftovers import Leftovers, Obstacle
+from avocado_vt_joblock.marks import VARIABLE
 
 JOB_ID = job_id(0xDEAD)
 NAME = lock_path(Path(), 0xDEAD).name
@@ -131,7 +132,7 @@ DOES_NOT_COUNT = [
 def test_what_counts(
     directory, path, start, monkeypatch, tools, command, variables, counts
 ):
-    monkeypatch.setattr(leftovers, "HELPER_START", 60 if "young" in command else 0)
+    monkeypatch.setattr(helpers, "HELPER_START", 60 if "young" in command else 0)
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", **variables}
     words = [word.format(tools=tools) for word in command]
     others = leave_lock(directory, 2)
@@ -364,7 +365,7 @@ def test_guest_in_the_middle_of_an_exec(directory, path, start, monkeypatch):
 
     def read_too_early(pid, what):
         # Each look asks for that of the process, and for that of its only thread.
-        is_early = len(looks) < 2 * (procfs.BLANK_LOOKS - 1)
+        is_early = len(looks) < 2 * (procfs.EXEC_LOOKS - 1)
         if what == "environ" and str(guest.pid) in str(pid) and is_early:
             looks.append(pid)
             return b""
@@ -406,9 +407,9 @@ def test_words_of_others_cost_their_length(count):
     """Anybody can start a process with as many of them as the system takes."""
     began = time.monotonic()
     command = b"python3" + b"\0task-run" * count
-    assert leftovers._job_id_in(command + b"\0") == ""
-    assert leftovers._job_id_in(command + b"\0-j\0" + JOB_ID.encode() + b"\0") == JOB_ID
-    assert leftovers._job_id_in(b"\0task-run\0" + b"-j-\0" * count) == ""
+    assert leftovers.job_id_in(command + b"\0") == ""
+    assert leftovers.job_id_in(command + b"\0-j\0" + JOB_ID.encode() + b"\0") == JOB_ID
+    assert leftovers.job_id_in(b"\0task-run\0" + b"-j-\0" * count) == ""
     for line in (
         "x" * count,
         "x" * count + ";",
@@ -417,14 +418,14 @@ def test_words_of_others_cost_their_length(count):
         "x " + "&& echo y" * count,
         "x && echo " + "y" * count + " > /dev/nul",
     ):
-        program = leftovers._program(["bash", "-c", line])
+        program = helpers.program(["bash", "-c", line])
         assert program in ("", "x", "x" * count)
-    assert leftovers._program(["bash", *["-c"] * count, "x"]) == "x"
-    assert leftovers._program(["python" + "3." * count + "x"]).endswith(".x")
+    assert helpers.program(["bash", *["-c"] * count, "x"]) == "x"
+    assert helpers.program(["python" + "3." * count + "x"]).endswith(".x")
     environ = b"".join(b"%s%d=\0" % (VARIABLE.encode(), n) for n in range(count))
-    assert leftovers._marks_in(environ) == set()
-    assert leftovers._marks_in(environ + f"{VARIABLE}=a:b\0".encode()) == {"a", "b"}
-    assert len(leftovers._marks_in(f"{VARIABLE}={':' * count}a".encode())) == 1
+    assert marks.found_in(environ) == set()
+    assert marks.found_in(environ + f"{VARIABLE}=a:b\0".encode()) == {"a", "b"}
+    assert len(marks.found_in(f"{VARIABLE}={':' * count}a".encode())) == 1
     assert time.monotonic() - began < 60
 
 
@@ -453,7 +454,7 @@ def test_unforeseen_error_of_a_look(directory, path, monkeypatch, error):
     def fail(environ):
         raise error("unforeseen")
 
-    monkeypatch.setattr(leftovers, "_marks_in", fail)
+    monkeypatch.setattr(marks, "found_in", fail)
     with pytest.raises(error, match="unforeseen"):
         attempt(directory)
     assert names(directory) == [path.name]
@@ -652,11 +653,11 @@ def test_look_that_ends_when_its_time_is_over(directory, path, monkeypatch):
         return b"-"
 
     monkeypatch.setattr(procfs, "_read_memory", read)
-    look = leftovers.Look.take(timeout=0.1)
+    look = leftovers.Look.take(since=0, timeout=0.2)
     gate.set()
     wait_for(lambda: not look._scan.is_running)
     trace = leftovers.Trace(path.name, JOB_ID, os.geteuid())
     assert look.leftovers_of(trace).obstacle is Obstacle.HANGING
     # The next one is complete.
-    look = leftovers.Look.take(timeout=60)
+    look = leftovers.Look.take(since=0, timeout=60)
     assert look.leftovers_of(trace) == Leftovers()

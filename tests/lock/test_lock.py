@@ -18,16 +18,16 @@ from conftest import WAIT
 from faults import intercepted
 from others import attempt, cards, contend, leave_lock, lock_path, names, process
 
-from avocado_vt_joblock import leftovers, lock, lockdir, lockfile
+from avocado_vt_joblock import kernellock, lock, lockdir, lockfile, marks
 
 JOB_ID = "0123456789abcdef0123456789abcdef01234567"
 ends = pytest.mark.parametrize("end", ["release", "leave"])
 
 
 def is_locked(path):
-    question = lockfile._struct_flock(fcntl.F_WRLCK)
+    question = kernellock._struct_flock(fcntl.F_WRLCK)
     with open(path) as file:
-        answer = fcntl.fcntl(file, lockfile._GETLK, question)
+        answer = fcntl.fcntl(file, kernellock._GETLK, question)
     return answer[0] != fcntl.F_UNLCK
 
 
@@ -84,11 +84,11 @@ def test_end(directory, new_lock, end):
     give_up()
     for _ in range(2):
         made.acquire()
-        assert (made.held, names(directory)) == (True, [Path(made.path).name])
+        assert (made.is_held, names(directory)) == (True, [Path(made.path).name])
         give_up()
         made.release()
         made.leave()
-        assert (made.held, leftovers.own_marks()) == (False, set())
+        assert (made.is_held, marks.own()) == (False, set())
         stays = end == "leave"
         assert names(directory) == [Path(made.path).name] * stays
         assert len(cards(directory)) == stays
@@ -109,7 +109,7 @@ def test_file_that_vanishes(directory, held, what, end):
         getattr(held, end)()
     assert os.listdir(directory) == stay
     getattr(held, end)()
-    assert not held.held
+    assert not held.is_held
 
 
 def test_what_a_crash_has_left(directory, monkeypatch):
@@ -169,20 +169,20 @@ def test_no_look_when_another_lock_is_in_the_way(directory, held):
 
 
 def test_marks_of_threads_are_not_lost(monkeypatch):
-    monkeypatch.setenv(leftovers.VARIABLE, "")
+    monkeypatch.setenv(marks.VARIABLE, "")
     interval, names = sys.getswitchinterval(), {f"name{number}" for number in range(8)}
 
     def edit(name):
         for _ in range(500):
-            leftovers.mark(name)
-            leftovers.unmark(name)
-        leftovers.mark(name)
+            marks.set_on_this_process(name)
+            marks.take_from_this_process(name)
+        marks.set_on_this_process(name)
 
     sys.setswitchinterval(1e-6)
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(edit, names))
     sys.setswitchinterval(interval)
-    assert leftovers.own_marks() == names
+    assert marks.own() == names
 
 
 @pytest.mark.parametrize("state", ["OUTER", "LIVE"])
@@ -190,7 +190,7 @@ def test_job_that_has_the_mark_of_another(directory, state):
     """It was started by that one at some remove: who waits for it waits for ever."""
     with process(directory) as holder:
         name = Path(holder.told.path).name if state == "OUTER" else "one-more"
-        inherited = {leftovers.VARIABLE: f"other:{name}"}
+        inherited = {marks.VARIABLE: f"other:{name}"}
         with process(directory, env={**os.environ, **inherited}) as inner:
             assert (inner.told.state, inner.told.path) == (state, holder.told.path)
 

@@ -20,13 +20,13 @@ import pytest
 from faults import intercepted, only
 from others import job_id, leave_card, leave_lock, names
 
-from avocado_vt_joblock import card, leftovers, lock, lockdir, lockfile, procfs
+from avocado_vt_joblock import card, leftovers, lock, lockdir, lockfile, marks, procfs
 
 #: What nobody else can tell whether it has been done. A card is made before the lock
 #: that it belongs to can be seen.
 PRIVATE = {"write", "fchmod", "fstat", "read", "sleep", "symlink"}
 # How often all may wait for each other: as long as the longest of them is willing to.
-LOOKS_IN_VAIN = 2 * round(lock.RIVAL_TIMEOUT / lock.PAUSE)
+LOOKS_IN_VAIN = 2 * round(lock.RIVAL_TIMEOUT / lock.RIVAL_PAUSE)
 
 
 class Actor(greenlet.greenlet):
@@ -146,7 +146,7 @@ class Contender(lock.JobLock):
         assert Contender.holders == 1
 
     def give_back(self):
-        Contender.holders -= self.held
+        Contender.holders -= self.is_held
         self.release()
         self.abandon()
 
@@ -177,7 +177,7 @@ def prepare(what, directory, contenders):
         whats[:2] = waiting.wait_and_take, lambda: (other.take(), other.give_back())
     if what != "process ends":
         return whats, []
-    variables = {leftovers.VARIABLE: leave_lock(directory).name}
+    variables = {marks.VARIABLE: leave_lock(directory).name}
     process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, env=variables)
     # It begins without an environment, in the middle of its exec.
     while not Path(f"/proc/{process.pid}/environ").read_bytes():

@@ -1,0 +1,241 @@
+"""What is said of a lock that is in the way, and of what is left of a job: with advice.
+
+Each text says what happened, then what that means for the reader, then what to do. Its
+lines fit a terminal of 80 columns where names are of usual length.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from avocado_vt_joblock import DIR
+from avocado_vt_joblock.formats import since, tamed, user
+from avocado_vt_joblock.leftovers import JobProcess, Leftovers, Obstacle
+from avocado_vt_joblock.lockfile import Flaw, LockFile, State
+from avocado_vt_joblock.marks import VARIABLE
+
+#: How many processes are listed.
+PROCESS_LIMIT = 20
+
+_DO_NOT_REMOVE = "Do not remove the file: two jobs at once destroy each other's images."
+_OWN_DIRECTORY = f"""If this job shares no guest images with that one, give it a lock
+directory of its own: {DIR}."""
+_REASONS = {
+    Flaw.SYSTEM: "{}",
+    Flaw.NO_PID: "there is no PID in it",
+    Flaw.NO_REGULAR_FILE: "it is no regular file",
+    Flaw.LEASED: "another program has a lease on the file",
+    Obstacle.NO_PROC: "/proc does not show what runs: {}",
+    Obstacle.NO_THREAD: "no thread can be started to look at the processes",
+    Obstacle.HANGING: "process {} does not answer, and so hides others",
+    Obstacle.HIDDEN: "/proc does not show the processes of other users",
+    Obstacle.DENIED: "the environment of process {} may not be read here",
+    Obstacle.RESTLESS: "processes come and go too fast to see them all",
+    Obstacle.GUESTS_OF_OTHERS: "only root can see the guests of other users",
+    Obstacle.INTERRUPTED: "Ctrl-C ended the look",
+}
+
+
+def on_refusal(file: LockFile, *, has_waited: bool = False) -> str:
+    """Say whose lock is in the way of a job that is refused, and what to do.
+
+    :param file: the lock
+    :param has_waited: whether the job has waited for it
+    """
+    if file.state is State.OUTER:
+        return _outer(file)
+    if file.state is State.UNKNOWN:
+        return _unknown(file)
+    text = on_waiting(file)
+    if file.is_elsewhere:
+        return text
+    if file.state is State.NOT_NOW:
+        text += how_to_wait(has_waited=has_waited)
+    elif not file.processes:
+        text += f"\nWait until that job is done.{how_to_wait(has_waited=has_waited)}"
+        text += f"\n{_OWN_DIRECTORY}"
+    return f"{text}\n{_DO_NOT_REMOVE}"
+
+
+def on_waiting(file: LockFile) -> str:
+    """Say what a job waits for, and what to do about what is left of another one."""
+    if file.is_elsewhere:
+        what = "a job on another host holds the lock."
+        return f"{what}{_facts(file)}\n{_elsewhere(file)}"
+    if file.processes:
+        what = "a job has ended, but processes of it still run."
+        text = f"{what}{_facts(file)}{listed(file)}\n{_who_is_stopped(file)}"
+        return f"{text}\n{to_do(file)}"
+    if file.state is State.NOT_NOW:
+        what = f"for now nobody can tell whether a job still runs:\n{reason(file)}."
+        return f"{what}{_facts(file)}"
+    return f"another job holds the lock.{_facts(file)}"
+
+
+def on_showing(file: LockFile, processes: list[JobProcess]) -> str:
+    """Say what a lock is.
+
+    :param file: the lock
+    :param processes: what is seen to run of its job, if its own process lives
+    """
+    if file.state is not State.STALE:
+        text = on_refusal(file)
+    elif file.reason:
+        text = guests_of_others(file)
+    else:
+        text = f"a stale lock: the next job removes it.{_facts(file)}"
+    if processes:
+        text += f"\nWhat runs of that job:{listed(Leftovers(processes))}"
+    return text
+
+
+def how_to_wait(*, has_waited: bool) -> str:
+    """Say how a job waits, or waits longer."""
+    longer = " longer" if has_waited else ""
+    return f"""
+To have this one wait{longer}: avocado run --vt-joblock-timeout 2h ...
+To see what runs and who waits: avocado vt-joblock show"""
+
+
+def guests_of_others(file: LockFile) -> str:
+    """Warn of a guest that may run beside this job, and that nobody here can see."""
+    name = owner(file)
+    quoted = shlex.quote(name)
+    return f"""A guest of {name} may still run: a job of {name} has ended,
+and only {name} and root can see its guests.
+If you use the same images, stop this job now (Ctrl-C).
+{name} or root looks for guests:
+    pgrep -u {quoted} -af qemu
+When there is none, the next job of {name} or of root removes the lock file:
+    {file.path}"""
+
+
+def listed(left: LockFile | Leftovers) -> str:
+    """Return the processes that are left, a line each, and what may be missing."""
+    text = ""
+    for process in left.processes[:PROCESS_LIMIT]:
+        text += f"\n    {process.pid:>7}  {tamed(process.command)}"
+    more = len(left.processes) - PROCESS_LIMIT
+    if more > 0:
+        text += f"\n    and {more} more"
+    if _why(left) is Obstacle.GUESTS_OF_OTHERS:
+        text += f"\nThere may be guests, too: {reason(left)}."
+    elif _why(left):
+        text += f"\nThere may be more, tests too: {reason(left)}."
+    return text
+
+
+def to_do(left: LockFile | Leftovers, uid: int | None = None) -> str:
+    """Say what to do about the processes that are left of a job.
+
+    :param left: what is left
+    :param uid: the user of the job, if no lock file tells that
+    """
+    processes = left.processes
+    pids = [str(process.pid) for process in processes]
+    for process in processes:
+        if process.is_ancestor:
+            return _to_do_about_shell(process)
+    has_test = any(process.test_of for process in processes)
+    is_unclear = _why(left) or any(process.is_blank for process in processes)
+    if has_test or is_unclear:
+        test = "A test is among them. It" if has_test else "A test"
+        return f"""{test} may be cleaning up and restoring images.
+Wait some minutes. To look again:
+    ps -o pid,user,stat,etime,args -p {",".join(pids)}"""
+    if isinstance(left, LockFile):
+        uid = left.uid
+    fds = " ".join(f"/proc/{pid}/fd" for pid in pids)
+    return f"""No test is among them that could end a guest and restore images.
+If that still runs after one minute, {_who_may_act(uid, processes)} must act:
+ 1. See which images they use:
+    ls -l {fds}
+ 2. End them:
+    kill {" ".join(pids)}
+ 3. Check each of these images:
+    qemu-img check IMAGE
+What shall not count, an agent for example, is started by:
+    env -u {VARIABLE} COMMAND"""
+
+
+def reason(left: LockFile | Leftovers) -> str:
+    """Say why nobody can tell what runs of a job, or why something may be missed."""
+    why = _why(left)
+    return _REASONS[why].format(tamed(left.detail)) if why else ""
+
+
+def owner(file: LockFile) -> str:
+    """Return the name of the owner of a lock file."""
+    return "unknown" if file.uid is None else user(file.uid)
+
+
+def _why(left: LockFile | Leftovers) -> Flaw | Obstacle | None:
+    return left.reason if isinstance(left, LockFile) else left.obstacle
+
+
+def _facts(file: LockFile) -> str:
+    """Return what is known of a lock, a line each."""
+    lines = [f"file:   {file.path}"]
+    if file.card and file.is_elsewhere:
+        lines.append(f"host:   {tamed(file.card.identity.host)}")
+    if not file.processes and file.state is not State.NOT_NOW:
+        pid = f"{file.pid or 'unknown'}  {tamed(file.command())}"
+        lines.append(f"PID:    {pid.rstrip()}")
+        is_alive = file.state in (State.LIVE, State.OUTER)
+        if is_alive and not file.pid_is_here and not file.is_elsewhere:
+            lines += [
+                "        (of another PID namespace, or ended and has left a child that",
+                f"        holds the lock: fuser -v {shlex.quote(file.path)})",
+            ]
+    lines.append(f"user:   {owner(file)}")
+    lines.append(f"job id: {file.job_id}")
+    lines.append(f"since:  {since(file.since)}")
+    return "".join(f"\n    {line}" for line in lines)
+
+
+def _who_is_stopped(file: LockFile) -> str:
+    """Say whose jobs do not run: everybody sees a test, but few see a guest."""
+    if any(process.test_of for process in file.processes):
+        return "Until all of that has ended, no job with VT tests runs here."
+    whose = _who_may_act(file.uid, file.processes)
+    return f"Until all of that has ended, no job of {whose} runs."
+
+
+def _to_do_about_shell(process: JobProcess) -> str:
+    return f"""Process {process.pid} has started this job, and is one that the other job
+has left. If it is your shell, end it, or put a new one in its place:
+    exec env -u {VARIABLE} bash"""
+
+
+def _elsewhere(file: LockFile) -> str:
+    host = shlex.quote(tamed(file.card.identity.host)) if file.card else ""
+    return f"""Only there it can be seen whether that job still runs:
+    ssh {host} "pgrep -af 'avocado|qemu'"
+If it was killed, the next job on that host removes the file.
+If that host is gone for good, {_who_may_act(file.uid, [])} removes it:
+    rm {shlex.quote(file.path)}"""
+
+
+def _outer(file: LockFile) -> str:
+    what = "this is the job that you are in. To wait for it would be to wait for ever."
+    if file.processes:
+        return f"{what}{_facts(file)}{listed(file)}\n{to_do(file)}"
+    return f"{what}{_facts(file)}\n{_OWN_DIRECTORY}"
+
+
+def _unknown(file: LockFile) -> str:
+    whose = "" if file.uid is None else f"-u {shlex.quote(owner(file))} "
+    remove = "rm -r" if file.reason is Flaw.NO_REGULAR_FILE else "rm"
+    return f"""nobody can tell whether a job still holds the lock:
+{reason(file)}.{_facts(file)}
+So no job runs until {_who_may_act(file.uid, file.processes)} does this:
+ 1. Look for a job, a test or a guest of that user:
+    pgrep {whose}-af 'avocado|qemu'
+ 2. If there is none:
+    {remove} {shlex.quote(file.path)}"""
+
+
+def _who_may_act(uid: int | None, processes: list[JobProcess]) -> str:
+    if not uid or any(process.uid == 0 for process in processes):
+        return "root"
+    return f"{user(uid)} or root"
