@@ -4,13 +4,14 @@ The kernel lock on a lock file tells whether its holder lives, but it can be wro
 NFS after the network was away, on file systems that carry no locks, and after code in
 the job's process has closed files that it had not opened. So a second witness lies
 beside the lock file ``NAME``: a symbolic link ``.NAME.host`` whose target is a text,
-for example "hv3.lab 1a2b3c4d 4026531836 4242 812345". Nobody follows it. Anybody can
-make one: it may stop a job, as any lock file may, but it frees a lock only if both have
-one owner.
+for example "hv3.lab 1a2b3c4d 4026531836 4242 812345". Nobody follows it.
 
-A job that waits has a card without a lock file: its ticket. It keeps the time at which
-it came (mtime), and the time at which it was last renewed (ctime) shows that the job
-lives.
+A stranger can make a card as well as a lock file. Both can stop a job. But a lock is
+taken for stale by its card only if the card and the lock file have the same owner.
+
+A job that waits has a card without a lock file. That is its ticket. The link's mtime is
+when the job came, and stays so. The job renews its ticket at each attempt: the link's
+ctime shows that it lives.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 
 
 def local_time(seconds: float) -> str:
-    """Return when something was, which is given in seconds since the Epoch."""
+    """Return a time, given in seconds since the Epoch: 2026-11-20 22:15:04."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (ValueError, OverflowError, OSError):
@@ -27,7 +27,7 @@ def local_time(seconds: float) -> str:
 
 
 def since(seconds: float) -> str:
-    """Return the same with its age: 2026-11-20 22:15:04 (2:03:11 ago)."""
+    """Return a time with its age: 2026-11-20 22:15:04 (2:03:11 ago)."""
     age = time.time() - seconds
     # Clocks differ, and anybody can set the time of a file of their own.
     if not 0 <= age < _LONGEST_AGE:

@@ -143,7 +143,7 @@ def read(path: str, deadline: float) -> LockFile | None:
     except BlockingIOError:
         file.state, file.reason = State.NOT_NOW, Flaw.LEASED
     except OSError as error:
-        # ESTALE: on NFS, another client has removed the file meanwhile.
+        # ESTALE: another client of NFS has removed the file meanwhile.
         if error.errno in (errno.ENOENT, errno.ESTALE):
             return None
         file.state, file.reason = State.UNKNOWN, Flaw.SYSTEM

@@ -1,4 +1,4 @@
-"""What is set, made sense of. It knows no Avocado."""
+"""The options: parsed and checked."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def timeout(value: object) -> float:
 
 
 def directory(value: object) -> str:
-    """Return the path of the lock directory, short of looking whether it is there.
+    """Return the path of the lock directory, which may not exist.
 
     :param value: what is set, for example "~/locks"
     :raises OptionError: when that is no absolute path

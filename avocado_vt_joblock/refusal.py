@@ -1,8 +1,9 @@
 """A stopped job: it undoes nothing, and is red in every result.
 
-At the end of each job Avocado calls ``post_tests`` of other plugins and runs post-job
-scripts, also of a job that was stopped before its tests. These could undo what the
-holder of the lock has set up: so a job without the lock is disarmed.
+At the end of each job Avocado calls ``post_tests`` of other plugins, and runs the
+post-job scripts. It does so also if the job was stopped before its tests. That could
+undo what the holder of the lock has set up. So a job that has not got the lock is
+disarmed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The options: registered, and found in config files.
 
-Avocado loads this room at every start, so it imports very little. It does so while its
-own
-``settings`` object is still being made: that object is looked up when it is used.
+Avocado loads this room at every start, so it imports very little. At that time
+Avocado's own ``settings`` object is not ready. So it is looked up in its module when it
+is used.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 from environments import copy_sources, install, new_environment, run
+from others import process
 from sandbox import Sandbox, finish, start
-
-from avocado_vt_joblock.lock import JobLock
 
 
 def pytest_addoption(parser):
-    parser.addoption("--stress", type=int, default=1, help="do so many times the rounds")
+    parser.addoption(
+        "--stress", type=int, default=1, help="do so many times the rounds"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,8 @@ def built(tmp_path_factory):
     directory = tmp_path_factory.mktemp("build")
     source, dist = directory / "source", directory / "dist"
     copy_sources(source)
-    printed = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source)
+    build = [sys.executable, "-m", "build", "--no-isolation"]
+    printed = run(*build, "--outdir", dist, source)
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     return SimpleNamespace(wheel=wheel, sdist=sdist, printed=printed)
 
@@ -30,7 +32,8 @@ def built(tmp_path_factory):
 def avocado_packages(tmp_path_factory):
     """A directory with Avocado, and without avocado-vt, for many environments."""
     directory = tmp_path_factory.mktemp("packages")
-    # Avocado needs setuptools for pkg_resources. To copy them is quicker than pip, and the same.
+    # Avocado needs setuptools for pkg_resources. To copy them is quicker than pip, and
+    # the same.
     for file in metadata.files("avocado-framework") + metadata.files("setuptools"):
         if ".." not in file.parts:
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +51,8 @@ def installed(built, avocado_packages, tmp_path_factory):
 
 @pytest.fixture
 def rounds(request):
-    """Count the rounds of a test: as many as it wants, times what ``--stress`` says."""
+    """Count the rounds of a test: as many as it wants, times what ``--stress``
+    says."""
 
     def count(usual):
         stress = request.config.getoption("--stress")
@@ -62,7 +66,8 @@ def rounds(request):
 
 @pytest.fixture
 def sandboxes():
-    """Make as many sandboxes as needed, in a directory that other users can enter."""
+    """Make as many sandboxes as needed, in a directory that other users can
+    enter."""
     made = []
     with tempfile.TemporaryDirectory(prefix="vt-joblock-test-") as directory:
         Path(directory).chmod(0o755)
@@ -94,7 +99,12 @@ def holder(sandbox):
 
 @pytest.fixture
 def held_lock(sandbox):
-    lock = JobLock(str(sandbox.lock_dir), f"{1:040x}")
-    lock.acquire()
-    yield lock
-    lock.release()
+    """A lock that is held by a process which has not started the jobs here."""
+    with process(str(sandbox.lock_dir)) as holder:
+        assert holder.told.state == "WON"
+
+        def release():
+            holder.stdin.close()
+            holder.wait()
+
+        yield SimpleNamespace(pid=holder.pid, path=holder.told.path, release=release)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -30,7 +31,8 @@ HANG = 120  # seconds
 
 
 class Sandbox:
-    """A user's home with a VT test provider, a lock directory, and the commands that use them."""
+    """A user's home with a VT test provider, a lock directory, and the commands that
+    use them."""
 
     python = sys.executable
 
@@ -44,6 +46,7 @@ class Sandbox:
         self.processes: list[Popen] = []
         self.prefix: list[str] = []
         self.bin = root / "bin"
+        self._first = ""
         providers = self.home / "avocado/data/avocado-vt/virttest/test-providers.d"
         downloads = providers / "downloads"
         for directory in (self.lock_dir, self.config.parent, self.bin, downloads):
@@ -71,8 +74,13 @@ class Sandbox:
 
     @property
     def environment(self) -> dict[str, str]:
-        path = f"{self.bin}:{Path(self.python).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        places = {"HOME": self.home, "TMPDIR": self.root, "PYTHONPATH": self.plugins, "PATH": path}
+        programs = [self.bin, Path(self.python).parent, "/usr/local/bin", "/usr/bin"]
+        places = {
+            "HOME": self.home,
+            "TMPDIR": self.root,
+            "PYTHONPATH": self.plugins,
+            "PATH": ":".join(map(str, [*programs, "/bin", "/usr/sbin", "/sbin"])),
+        }
         variables = {name: str(place) for name, place in places.items()}
         return {**variables, "LC_ALL": "C.UTF-8", "PYTHONFAULTHANDLER": "1"}
 
@@ -80,12 +88,20 @@ class Sandbox:
         return sorted(self.lock_dir.glob("avocado-vt-joblock-*.pid"))
 
     def popen(self, *command: str | Path, **options: object) -> Popen:
-        """Start a command in the sandbox; :meth:`close` ends it with all that it started."""
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-        usual = {"env": self.environment, "cwd": self.root, "stderr": subprocess.STDOUT, **streams}
-        more = {"text": True, "start_new_session": True, "preexec_fn": _heed_signals}
+        """Start a command in the sandbox; :meth:`close` ends it with all that it
+        started."""
+        usual: dict[str, object] = {
+            "env": self.environment,
+            "cwd": self.root,
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "start_new_session": True,
+            "preexec_fn": heed_signals,
+        }
         words = [*self.prefix, *map(str, command)]
-        process = subprocess.Popen(words, **{**usual, **more, **options})
+        process = subprocess.Popen(words, **{**usual, **options})
         self.processes.append(process)
         return process
 
@@ -99,10 +115,12 @@ class Sandbox:
         return VTTest(self, name, **parameters)
 
     def plugin(self, name: str, source: str, **entry_points: str) -> None:
-        """Install a module with plugins of Avocado: classes by their kinds, with __ for a dot."""
+        """Install a module with plugins of Avocado: classes by their kinds, with __ for
+        a dot."""
         info = self.plugins / f"{name}-1.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        info.mkdir(parents=True, exist_ok=True)
+        metadata_of_it = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
+        (info / "METADATA").write_text(metadata_of_it)
         (self.plugins / f"{name}.py").write_text(source)
         with (info / "entry_points.txt").open("w") as file:
             for kind, where in entry_points.items():
@@ -110,27 +128,54 @@ class Sandbox:
                 file.write(f"[avocado.plugins.{group}]\n{name} = {name}:{where}\n")
 
     def first(self, source: str) -> None:
-        """Have every Avocado here run this before anything else, to change what it does then."""
-        self.plugin("first", source + NOTHING, init="Nothing")
+        """Have every Avocado here run this, too, before anything else, to change what
+        it does then."""
+        self._first += source
+        self.plugin("first", self._first + NOTHING, init="Nothing")
 
-    def run(self, *tests: VTTest | Path, options: Sequence[str] = (), **popen: object) -> Popen:
-        """Start ``avocado run``, or what comes nearest where that does not read recipes."""
+    def change(self, room: str, **constants: float) -> None:
+        """Have every Avocado here use other constants in a room of the package."""
+        module = importlib.import_module(f"avocado_vt_joblock.{room}")
+        source = f"from avocado_vt_joblock import {room}\n"
+        for name, value in constants.items():
+            assert hasattr(module, name), f"{room} has no {name}"
+            source += f"{room}.{name} = {value!r}\n"
+        self.first(source)
+
+    def run(
+        self, *tests: VTTest | Path, options: Sequence[str] = (), **popen: object
+    ) -> Popen:
+        """Start ``avocado run``, or what comes nearest where that does not read
+        recipes."""
         if AVOCADO_READS_RECIPES:
             words = ["run", "--disable-sysinfo", *options, "--", *map(str, tests)]
             return self.avocado(*words, **popen)
         assert not options
-        return self.job_api({}, *tests, **popen)
+        return self.job_api(*tests, **popen)
 
     def job_api(
-        self, config: dict[str, object], *tests: VTTest | Path, disabled: int = 0, **popen: object
+        self,
+        *tests: VTTest | Path,
+        config: dict[str, object] | None = None,
+        how: dict[str, object] | None = None,
+        **popen: object,
     ) -> Popen:
-        """Start a job by the Job API, with a suite for each test; the last ones may be disabled."""
-        words = [json.dumps(config), str(len(tests) - disabled), *map(str, tests)]
+        """Start a program that runs a job by the Job API, with a suite for each test.
+
+        :param config: the configuration of the job
+        :param how: what ``job_api.py`` does otherwise
+        """
+        words = [json.dumps(config or {}), json.dumps(how or {}), *map(str, tests)]
         return self.popen(self.python, HERE / "job_api.py", *words, **popen)
 
     def living(self) -> dict[int, bytes]:
+        """Return what runs here, by PID."""
         ours = f"TMPDIR={self.root}".encode()
-        return processes(lambda entry: ours in (entry / "environ").read_bytes().split(b"\0"))
+
+        def is_here(entry: Path) -> bool:
+            return ours in (entry / "environ").read_bytes().split(b"\0")
+
+        return processes(is_here)
 
     def close(self) -> None:
         while living := self.living():
@@ -149,7 +194,8 @@ class VTTest:
         self.sandbox = sandbox
         self.guest_pid = sandbox.root / f"{name}.guest"
         self.record = sandbox.root / f"{name}.record"
-        self.printed = sandbox.root / f"{name}.record.printed"  # by the command that it runs
+        # What the command prints that it runs.
+        self.printed = sandbox.root / f"{name}.record.printed"
         self.until = sandbox.root / f"{name}.until"
         self.recipe = sandbox.root / f"{name}.json"
         recipe = json.loads((HERE / "vt_provider/recipe.json").read_text())
@@ -179,25 +225,30 @@ class VTTest:
 
     @property
     def is_silent(self) -> bool:
-        logs = self.sandbox.home.glob("avocado/job-results/job-*/test-results/*/debug.log")
-        return any(f"{self.record} is silent from now on" in log.read_text() for log in logs)
+        results = self.sandbox.home / "avocado/job-results"
+        logs = results.glob("job-*/test-results/*/debug.log")
+        sign = f"{self.record} is silent from now on"
+        return any(sign in log.read_text() for log in logs)
 
 
 def run_as(uid: int) -> list[str]:
-    """The prefix of a command to run it as another user.
+    """Return the prefix of a command to run it as another user.
 
-    The interpreter may lie in root's home: so the user may read everything, but not write.
+    The interpreter may lie in root's home: so the user may read everything, but not
+    write.
     """
     user = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
     capability = "+dac_read_search"
-    return ["setpriv", *user, f"--inh-caps={capability}", f"--ambient-caps={capability}"]
+    may = [f"--inh-caps={capability}", f"--ambient-caps={capability}"]
+    return ["setpriv", *user, *may]
 
 
 def can_act_as_others() -> bool:
     # Root in a container often cannot.
     if os.getuid() != 0 or not shutil.which("setpriv"):
         return False
-    return subprocess.run([*run_as(1), "true"], check=False, capture_output=True).returncode == 0
+    words = [*run_as(1), "true"]
+    return subprocess.run(words, check=False, capture_output=True).returncode == 0
 
 
 def finish(process: Popen) -> tuple[int, str]:
@@ -217,7 +268,8 @@ def ended(process: Popen, expected: int = 0) -> str:
 
 
 def wait_for(what: Callable[[], object], process: Popen | None = None) -> None:
-    """Wait until something is so; fail when the process that is to bring it about ends before."""
+    """Wait until something is so; fail when the process that is to bring it about ends
+    before."""
     deadline = time.monotonic() + HANG
     while not what():
         if process and process.poll() is not None and not what():
@@ -230,8 +282,10 @@ def wait_for(what: Callable[[], object], process: Popen | None = None) -> None:
 
 
 def running_tests(job: Popen) -> dict[int, bytes]:
-    found = processes(lambda entry: os.getsid(int(entry.name)) == job.pid)
-    return {pid: command for pid, command in found.items() if b"\0task-run\0" in command}
+    """Return the processes that run tests of a job, by PID."""
+    all_of_it = processes(lambda entry: os.getsid(int(entry.name)) == job.pid)
+    sign = b"\0task-run\0"
+    return {pid: command for pid, command in all_of_it.items() if sign in command}
 
 
 def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> Popen:
@@ -245,6 +299,10 @@ def start(sandbox: Sandbox, test: VTTest, options: Sequence[str] = ()) -> Popen:
 
 
 def start_waiting(sandbox: Sandbox, name: str) -> tuple[Popen, VTTest, Path]:
+    """Start a job that waits for the lock; wait until it says so.
+
+    :return: the job, its test, and the file in which is what it prints
+    """
     test = sandbox.vt_test(name).end()
     printed = sandbox.root / f"{name}.printed"
     with printed.open("w") as file:
@@ -269,14 +327,16 @@ def assert_refused(job: Popen, test: VTTest) -> str:
     return text
 
 
-def _heed_signals() -> None:
-    # nohup(1) has SIGHUP ignored, and a shell without job control SIGINT, by what it starts.
+def heed_signals() -> None:
+    # nohup(1) has SIGHUP ignored, and a shell without job control SIGINT, by what it
+    # starts.
     for signum in (signal.SIGHUP, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL)
 
 
 def processes(is_wanted: Callable[[Path], bool]) -> dict[int, bytes]:
-    """The command lines of processes; one that nobody has waited for yet has none any more."""
+    """Return command lines by PID; a process that nobody has waited for yet has none
+    any more."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

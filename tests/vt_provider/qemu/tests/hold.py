@@ -1,4 +1,5 @@
-"""A VT test without a virtual machine: it runs until it is told to end, and records when it ran."""
+"""A VT test without a virtual machine: it runs until it is told to end, and records
+when it ran."""
 
 import logging
 import subprocess
@@ -7,12 +8,15 @@ from pathlib import Path
 
 
 def run(test, params, env):
-    """Write ``begin`` and ``end`` with a time stamp into ``record``, and in between wait.
+    """Write ``begin`` and ``end`` with a time stamp into ``record``, and in between
+    wait.
 
-    :param params: ``record``, a file to append to; ``until``, a file whose appearance ends the
-                   test; ``outcome``, ``pass`` or a method of ``test``; ``guest``, a file for the
-                   PID of a process that is left behind in a session of its own, as guests are;
-                   ``starts``, its command; ``runs``, a command that the test runs before it waits
+    :param params: ``record``, a file to append to; ``until``, a file whose appearance
+        ends the test; ``outcome``, ``pass`` or a method of ``test``; ``guest``, a file
+        for the PID of a process that is left behind in a session of its own, as guests
+        are;
+                   ``starts``, its command; ``runs``, a command that the test runs
+                   before it waits
     """
     record, until = Path(params["record"]), Path(params["until"])
     if params["starts"]:
@@ -22,7 +26,9 @@ def run(test, params, env):
     note(record, "begin")
     if params["runs"]:
         with Path(f"{record}.printed").open("w") as file:
-            subprocess.run(params["runs"], check=False, shell=True, stdout=file, stderr=file)
+            subprocess.run(
+                params["runs"], check=False, shell=True, stdout=file, stderr=file
+            )
     logging.info("%s is silent from now on", record)
     deadline = time.monotonic() + 120
     while not until.exists():
