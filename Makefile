@@ -6,7 +6,9 @@ OLDEST := $(VENV)-103
 # The one for the demo, with only what that needs.
 DEMO := $(VENV)-demo
 # The tests that run on the oldest Avocado too.
-OLDEST_TESTS := tests/test_plugin.py tests/test_endings.py tests/test_waiting.py
+OLDEST_TESTS := tests/test_plugin.py tests/test_refusal.py tests/test_endings.py tests/test_waiting.py
+# How many tests run at the same time: most of them wait for Avocado to start.
+WORKERS := 3
 # The interpreters of the matrix: those of pyenv, or else those on the PATH.
 PYENV_ROOT ?= $(HOME)/.pyenv
 PYTHONS ?= $(foreach version,3.9 3.10 3.11 3.12 3.13,$(firstword \
@@ -14,7 +16,7 @@ PYTHONS ?= $(foreach version,3.9 3.10 3.11 3.12 3.13,$(firstword \
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
 export PRE_COMMIT_HOME := $(CURDIR)/.cache/pre-commit
 .NOTPARALLEL:
-SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/*)
+SOURCES := pyproject.toml README.rst $(wildcard avocado_vt_joblock/*.py etc/avocado/conf.d/* docs/*.rst)
 
 .PHONY: help demo check lint docs test guests stress bench matrix rpm rpmbuild-there clean
 
@@ -33,8 +35,8 @@ docs: $(VENV)/made  ## Build the manual in docs/_build/html.
 	$(VENV)/bin/sphinx-build -q -W --keep-going -E -b html docs docs/_build/html
 
 test: $(VENV)/made $(OLDEST)/made  ## Run the tests, and those of the plugin once more on Avocado 103.0.
-	$(VENV)/bin/pytest
-	$(OLDEST)/bin/pytest $(OLDEST_TESTS)
+	$(VENV)/bin/pytest --numprocesses=$(WORKERS)
+	$(OLDEST)/bin/pytest --numprocesses=$(WORKERS) $(OLDEST_TESTS)
 
 guests: $(VENV)/made  ## Run every ending of a job with real QEMU guests: a quarter of an hour.
 	$(VENV)/bin/pytest --capture=no --durations=0 -m "" tests/guests

@@ -10,7 +10,8 @@ this file:
 ``refusal``     a stopped job: it undoes nothing, and is red in every result
 ``waiting``     a job's turn: attempts, and what is told meanwhile
 ``ending``      the end of a job: wait for the rest of it, release the lock or leave it
-``messages``    what a job tells its user and its log
+``telling``     how a job tells its user and its log
+``messages``    the texts that it tells
 ``advice``      what is said of a lock that is in the way, and what to do about it
 ``formats``     how times, users and anybody's words are written
 ``settings``    the options: registered, and found in config files

@@ -48,7 +48,7 @@ def on_refusal(file: LockFile, *, has_waited: bool = False) -> str:
         return _unknown(file)
     text = on_waiting(file)
     if file.is_elsewhere:
-        return text
+        return text + how_to_wait(has_waited=has_waited)
     if file.state is State.NOT_NOW:
         text += how_to_wait(has_waited=has_waited)
     elif not file.processes:
@@ -64,7 +64,8 @@ def on_waiting(file: LockFile) -> str:
         return f"{what}{_facts(file)}\n{_elsewhere(file)}"
     if file.processes:
         what = "a job has ended, but processes of it still run."
-        text = f"{what}{_facts(file)}{listed(file)}\n{_who_is_stopped(file)}"
+        stopped = who_is_stopped(file.processes, file.uid)
+        text = f"{what}{_facts(file)}{listed(file)}\n{stopped}"
         return f"{text}\n{to_do(file)}"
     if file.state is State.NOT_NOW:
         what = f"for now nobody can tell whether a job still runs:\n{reason(file)}."
@@ -158,6 +159,18 @@ What shall not count, an agent for example, is started by:
     env -u {VARIABLE} COMMAND"""
 
 
+def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
+    """Say whose jobs do not run: everybody sees a test, but few see a guest.
+
+    :param processes: what is left of a job
+    :param uid: the user of that job
+    """
+    if any(process.test_of for process in processes):
+        return "Until all of that has ended, no job with VT tests runs here."
+    whose = _who_may_act(uid, processes)
+    return f"Until all of that has ended, no job of {whose} runs."
+
+
 def reason(left: LockFile | Leftovers) -> str:
     """Say why nobody can tell what runs of a job, or why something may be missed."""
     why = _why(left)
@@ -193,23 +206,15 @@ def _facts(file: LockFile) -> str:
     return "".join(f"\n    {line}" for line in lines)
 
 
-def _who_is_stopped(file: LockFile) -> str:
-    """Say whose jobs do not run: everybody sees a test, but few see a guest."""
-    if any(process.test_of for process in file.processes):
-        return "Until all of that has ended, no job with VT tests runs here."
-    whose = _who_may_act(file.uid, file.processes)
-    return f"Until all of that has ended, no job of {whose} runs."
-
-
 def _to_do_about_shell(process: JobProcess) -> str:
-    return f"""Process {process.pid} has started this job, and is one that the other job
-has left. If it is your shell, end it, or put a new one in its place:
+    return f"""Process {process.pid} has started this job, and was started by that job.
+If it is your shell, end it, or put a new one in its place:
     exec env -u {VARIABLE} bash"""
 
 
 def _elsewhere(file: LockFile) -> str:
     host = shlex.quote(tamed(file.card.identity.host)) if file.card else ""
-    return f"""Only there it can be seen whether that job still runs:
+    return f"""Only that host can tell whether the job still runs:
     ssh {host} "pgrep -af 'avocado|qemu'"
 If it was killed, the next job on that host removes the file.
 If that host is gone for good, {_who_may_act(file.uid, [])} removes it:

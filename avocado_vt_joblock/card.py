@@ -6,8 +6,8 @@ the job's process has closed files that it had not opened. So a second witness l
 beside the lock file ``NAME``: a symbolic link ``.NAME.host`` whose target is a text,
 for example "hv3.lab 1a2b3c4d 4026531836 4242 812345". Nobody follows it.
 
-A stranger can make a card as well as a lock file. Both can stop a job. But a lock is
-taken for stale by its card only if the card and the lock file have the same owner.
+A stranger can make a card, as well as a lock file. That can stop a job. But a card can
+show that a lock is stale only if it has the same owner as the lock file.
 
 A job that waits has a card without a lock file. That is its ticket. The link's mtime is
 when the job came, and stays so. The job renews its ticket at each attempt: the link's
@@ -55,7 +55,7 @@ class Card:
     identity: Identity
     has_left: bool  # whether the job has left its lock file to what still runs of it
     uid: int  # the owner of the link
-    came: float  # when the job came, in seconds by the clock of the file system
+    came: float  # when it was first made, in seconds by the clock of the file system
     renewed: float  # when the card was last renewed, in the same way
     here: Identity  # the process that has found it
 
@@ -78,12 +78,16 @@ class Card:
 
     @property
     def start_here(self) -> int:
-        """When the job's own process started, in ticks of this boot; 0 if unknown."""
-        started = self.identity.started
-        # In a time namespace (time_namespaces(7)) the same moment has other ticks. So a
-        # start that is later than the card itself is not believed.
-        is_early_enough = time.time() - procfs.age(started) <= self.came + CLOCK_SLACK
-        return started if self.is_of_this_boot and is_early_enough else 0
+        """A start time in ticks of this boot: no process of the job is older.
+
+        That is the start of the job's own process, as the card tells it. In a time
+        namespace (time_namespaces(7)) the same moment has other ticks. So it is never
+        later than the card itself was made.
+        """
+        if not self.is_of_this_boot:
+            return 0
+        made = procfs.ticks_ago(time.time() - self.came)
+        return max(0, min(self.identity.started, made))
 
     @property
     def writer_lives(self) -> bool:
@@ -133,7 +137,7 @@ def read(lock_path: str) -> Card | None:
     """Read the card of a lock file, without touching that.
 
     :return: None where there is none, or none that is understood
-    :raises OSError: when nobody can tell whether there is one
+    :raises OSError: when the system does not tell that, or where this process runs
     """
     path = path_of(lock_path)
     try:
@@ -146,10 +150,6 @@ def read(lock_path: str) -> Card | None:
         raise
     match = _TEXT.fullmatch(text)
     if not match:
-        return None
-    try:
-        here = own_identity()
-    except OSError:
         return None
     identity = Identity(
         host=match["host"],
@@ -164,25 +164,24 @@ def read(lock_path: str) -> Card | None:
         uid=status.st_uid,
         came=status.st_mtime,
         renewed=status.st_ctime,
-        here=here,
+        # Where that is not known the error comes out: a card of another host must not
+        # be taken for none.
+        here=own_identity(),
     )
 
 
 def make(lock_path: str) -> None:
     """Make the card of this process, or renew it.
 
-    Renewed, it keeps the time at which the job came.
-
-    Where that fails there is none, and all else goes on.
+    A card that is renewed keeps its mtime. If it cannot be made the job goes on
+    without.
     """
     path = path_of(lock_path)
     with contextlib.suppress(OSError):
         try:
             os.symlink(_text(), path)
         except FileExistsError:
-            status = os.lstat(path)
-            times = status.st_atime_ns, status.st_mtime_ns
-            os.utime(path, ns=times, follow_symlinks=False)
+            _keep_times(path, path)
 
 
 def leave(lock_path: str) -> None:
@@ -194,7 +193,16 @@ def leave(lock_path: str) -> None:
         # It is there already if this was interrupted before.
         with contextlib.suppress(FileExistsError):
             os.symlink(_text(has_left=True), f"{path}.new")
+        with contextlib.suppress(OSError):
+            _keep_times(path, f"{path}.new")
         os.rename(f"{path}.new", path)
+
+
+def _keep_times(old: str, new: str) -> None:
+    """Have a link tell when the job came, and be renewed now."""
+    status = os.lstat(old)
+    times = status.st_atime_ns, status.st_mtime_ns
+    os.utime(new, ns=times, follow_symlinks=False)
 
 
 def remove(lock_path: str) -> None:

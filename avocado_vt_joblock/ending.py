@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 
-from avocado_vt_joblock import messages, procfs
+from avocado_vt_joblock import messages, procfs, telling
 from avocado_vt_joblock.leftovers import Leftovers, Obstacle
 from avocado_vt_joblock.lock import JobLock
 
@@ -21,7 +21,7 @@ def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
     """Release a lock, or leave its file if something of the job may still run.
 
     :param lock: the lock, which is held
-    :param looks: whether to look for what is left; False if it was left on purpose
+    :param looks: whether to look for what is left; False: that was left on purpose
     :param tests_only: whether nothing but tests counts
     """
     left = Leftovers()
@@ -38,9 +38,9 @@ def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
     except OSError as error:
         problem = error
     if not left.is_nothing:
-        messages.tell(messages.left_behind(left, lock.path, is_in_place=not problem))
+        telling.tell(messages.left_behind(left, lock.path, is_in_place=not problem))
     if problem:
-        messages.tell(messages.not_released(problem, lock.path))
+        telling.tell(messages.not_released(problem, lock.path))
 
 
 def _wait_for_the_rest(lock: JobLock, *, tests_only: bool) -> Leftovers:
@@ -48,15 +48,17 @@ def _wait_for_the_rest(lock: JobLock, *, tests_only: bool) -> Leftovers:
     deadline = time.monotonic() + END_TIMEOUT
     left = lock.find_leftovers(tests_only=tests_only, timeout=END_TIMEOUT)
     if left.processes:
-        messages.tell(messages.ending(left, END_TIMEOUT))
-    while left.processes or (left.obstacle and left.obstacle.may_pass):
-        _wait_for(left, deadline - LAST_LOOK_TIME)
-        time_left = deadline - time.monotonic()
-        if time_left <= 0:
-            break
-        left = lock.find_leftovers(tests_only=tests_only, timeout=time_left)
-        if time_left <= LAST_LOOK_TIME:
-            break
+        telling.tell(messages.ending(left, END_TIMEOUT))
+    # Ctrl-C ends the wait: what was seen by then is told.
+    with contextlib.suppress(KeyboardInterrupt):
+        while left.processes or (left.obstacle and left.obstacle.may_pass):
+            _wait_for(left, deadline - LAST_LOOK_TIME)
+            time_left = deadline - time.monotonic()
+            if time_left <= 0:
+                break
+            left = lock.find_leftovers(tests_only=tests_only, timeout=time_left)
+            if time_left <= LAST_LOOK_TIME:
+                break
     return left
 
 

@@ -59,8 +59,7 @@ def tamed(words: str) -> str:
 
     What would turn a terminal red for example is shown as "\x1b[31m".
     """
-    # repr() puts the text in quotes. Avocado's XML breaks at the end of a CDATA
-    # section.
+    # repr() puts the text in quotes. Avocado's results.xml breaks at "]]>".
     text = repr(words[:LIMIT])[1:-1].replace("]]>", "]] >")
     return f"{text}..." if len(words) > LIMIT else text
 

@@ -8,12 +8,15 @@ its signals to the command as well. All others are passed on to it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 
 from avocado.core.job_id import create_unique_job_id
 
-from avocado_vt_joblock import ending, messages, options, waiting
+from avocado_vt_joblock import ending, messages, options, telling, waiting
 from avocado_vt_joblock.lock import JobLock, LockInTheWayError
 from avocado_vt_joblock.lockdir import DirectoryError
 
@@ -26,6 +29,9 @@ BY_SIGNAL = 128
 #: What Avocado takes from its command line, wherever that stands before a "--". With
 #: --version and -v, which it takes as well, no plugin is ever called.
 AVOCADO_OPTIONS = ("--config", "--show", "--verbose", "-V", "--enable-paginator")
+
+#: How often to look whether the command has ended, whatever signals come, in seconds.
+POLL_INTERVAL = 1.0
 
 #: What is blocked while the command runs, and passed on to it.
 _PASSED_ON = {
@@ -57,21 +63,22 @@ def run(directory: object, timeout: object, command: list[str]) -> int:
     try:
         seconds = options.timeout(timeout)
         lock = JobLock(options.directory(directory), create_unique_job_id())
-        messages.tell_of_stale(waiting.acquire(lock, seconds))
-        code = _run(command)
-        ending.give_back(lock, looks=True)
-        return code
+        telling.tell_of_stale(waiting.acquire(lock, seconds))
+        with _signals_blocked() as mask:
+            code = _run(command, mask)
+            _give_back(lock)
     except (LockInTheWayError, DirectoryError, options.OptionError) as error:
         return _refuse(messages.refusal(error, directory, log=""))
     except (KeyboardInterrupt, SystemExit):
-        return NO_LOCK  # While the command runs signals raise nothing.
+        return NO_LOCK  # They have ended the waiting.
     finally:
         if lock:
             lock.abandon()
+    return code
 
 
 def _refuse(text: str) -> int:
-    messages.tell(text, loggers=(messages.USER_LOG,))
+    telling.tell(text, loggers=(telling.USER_LOG,))
     return NO_LOCK
 
 
@@ -87,39 +94,79 @@ def _problem_of(command: list[str]) -> str:
     return ""
 
 
-def _run(command: list[str]) -> int:
-    """Run a command to its end, whatever signals come; return its exit code."""
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[set[signal.Signals]]:
+    """Block what is passed on, until the lock is given back.
+
+    :return: the signals that were blocked before
+    """
     # The terminal stops and continues this process together with the command.
     signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     # A parent may have ignored it, and then nothing would tell that the command has
     # ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON | {signal.SIGCHLD})
+    blocked = _PASSED_ON | {signal.SIGCHLD}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        try:
-            pid = os.posix_spawnp(
-                command[0], command, os.environ, setsigmask=mask, setsigdef=_HEEDED
-            )
-        except OSError as error:
-            text = f"{command[0]}: {error.strerror}"
-            messages.tell(text, loggers=(messages.USER_LOG,))
-            return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
-        return _wait_for(pid)
+        yield {signal.Signals(number) for number in mask}
     finally:
+        # What comes after the end of the command is for nobody.
+        while signal.sigtimedwait(blocked, 0):
+            pass
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _give_back(lock: JobLock) -> None:
+    """Give the lock back; of all signals Ctrl-C ends the wait for the rest."""
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        ending.give_back(lock, looks=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def _run(command: list[str], mask: set[signal.Signals]) -> int:
+    """Run a command to its end, whatever signals come.
+
+    :param command: the command and its arguments
+    :param mask: the signals that are to be blocked in it
+    :return: its exit code, or one of this module
+    """
+    try:
+        pid = _spawn(command, mask)
+    except OSError as error:
+        text = f"{command[0]}: {error.strerror}"
+        telling.tell(text, loggers=(telling.USER_LOG,))
+        return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
+    return _wait_for(pid)
+
+
+def _spawn(command: list[str], mask: set[signal.Signals]) -> int:
+    def spawn(program: str, words: list[str]) -> int:
+        return os.posix_spawnp(
+            program, words, os.environ, setsigmask=mask, setsigdef=_HEEDED
+        )
+
+    try:
+        return spawn(command[0], command)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+    # As env(1) does for a script that does not say by which shell it is run.
+    script = shutil.which(command[0]) or command[0]
+    return spawn("/bin/sh", ["sh", script, *command[1:]])
 
 
 def _wait_for(pid: int) -> int:
     """Wait for a child, and pass signals on to it; return its exit code."""
     while True:
-        info = signal.sigwaitinfo(_PASSED_ON | {signal.SIGCHLD})
-        if info.si_signo == signal.SIGCHLD:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                return code if code >= 0 else BY_SIGNAL - code
-        elif info.si_code <= 0:
-            # By sigaction(2) a process has sent it, and so to this process alone. A
-            # child that is root's, by sudo for example, gets no signals from here.
+        # A thread of a plugin may take the signal that the child has ended.
+        info = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, POLL_INTERVAL)
+        if info and info.si_signo in _PASSED_ON and info.si_code <= 0:
+            # By sigaction(2) a process has sent it, and so to this process alone. A child
+            # that is root's, by sudo for example, gets no signals from here.
             with contextlib.suppress(PermissionError):
                 os.kill(pid, info.si_signo)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else BY_SIGNAL - code

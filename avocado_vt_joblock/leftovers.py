@@ -47,7 +47,7 @@ class JobProcess:
             return False
         if trace.lock_name in self.marks:
             return True
-        # A user can give two jobs the same id. A mark is of one job.
+        # A user can give two jobs the same id. So a test with a mark is judged by that.
         if self.test_of == trace.job_id and not self.marks:
             return True
         return self.is_blank and self.uid == trace.uid
@@ -108,9 +108,9 @@ class Look:
     def take(cls, since: int, timeout: float) -> Look:
         """Look at what is left of jobs.
 
-        As long as the thread of an earlier look hangs, a job that waits does not leave
-        one more thread behind at each attempt: it gets that look again, where a new one
-        would come to the same process.
+        If an earlier look hangs, return it again: a new one would hang at the same
+        process. Otherwise a job that waits would leave one more thread behind at each
+        attempt.
 
         :param since: a start time in ticks; what has started before is not looked at
         :param timeout: how long it may take, in seconds

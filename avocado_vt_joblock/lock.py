@@ -17,12 +17,12 @@ import fcntl
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from avocado_vt_joblock import card, kernellock, leftovers, lockdir, lockfile, marks
 from avocado_vt_joblock.leftovers import LOOK_TIMEOUT, Leftovers, Obstacle
 from avocado_vt_joblock.lockdir import DirectoryError, LockDirectory, Use, reported_as
-from avocado_vt_joblock.lockfile import LockFile
+from avocado_vt_joblock.lockfile import LockFile, State
 
 #: How long to look again for jobs of other hosts that give way, in seconds.
 RIVAL_TIMEOUT = 1.5
@@ -45,12 +45,19 @@ class LockInTheWayError(Exception):
 
     :param file: the lock in the way; None where the job only has to wait for its turn
     :param jobs_before: how many jobs wait that came before
+    :param stale: the stale locks that were there; see :meth:`JobLock.acquire`
     """
 
-    def __init__(self, file: LockFile | None, jobs_before: int = 0) -> None:
+    def __init__(
+        self,
+        file: LockFile | None,
+        jobs_before: int = 0,
+        stale: Iterable[LockFile] = (),
+    ) -> None:
         super().__init__(file.path if file else "")
         self.file = file
         self.jobs_before = jobs_before
+        self.stale = list(stale)
 
     @property
     def may_pass(self) -> bool:
@@ -97,8 +104,8 @@ class JobLock:
     def acquire(self, *, waits: bool = False) -> list[LockFile]:
         """Take the lock, to keep it until it is released or left.
 
-        An attempt that fails removes nothing of others. Between two attempts of a job
-        that waits its card stays, as its ticket.
+        An attempt that meets a lock in its way removes nothing of others. Between two
+        attempts of a job that waits its card stays, as its ticket.
 
         :param waits: whether the job will try again if this attempt fails
         :return: the stale locks that were there; one that could not be removed says why
@@ -109,19 +116,22 @@ class JobLock:
         with self._directory.guard() as guard, self._withdrawn_on_error():
             card.make(self.path)
             if waits:
-                self._check_turn(self._directory.names())
+                self._give_way(guard)
             self._publish()
-            names, others = self._find_ended(guard)
+            names, others = self._read_others(guard)
             # From here on the published file keeps others out, and they fail at once.
-            lockdir.free(guard)
+            lockdir.free_guard(guard)
             lockfile.judge_by_leftovers(others, LOOK_TIMEOUT)
             in_the_way = [file for file in others if file.state.is_in_the_way]
             if in_the_way:
-                raise LockInTheWayError(_weightiest(in_the_way))
-            self._check_turn(names)
+                raise LockInTheWayError(_first_to_tell(in_the_way))
             _remove(others)
+            jobs_before = self._count_before(names)
+            if jobs_before:
+                raise LockInTheWayError(None, jobs_before, stale=others)
             marks.set_on_this_process(self._name)
             self.is_held = True
+            self._has_ticket = False
             return others
 
     def find_leftovers(self, *, tests_only: bool, timeout: float) -> Leftovers:
@@ -148,9 +158,10 @@ class JobLock:
                 card.remove(self.path)
 
     def leave(self) -> None:
-        """Leave the lock file, live as long as anything runs that this job has started.
+        """Leave the lock file in place; do nothing if the lock is not held.
 
-        It does nothing if the lock is not held.
+        It counts as live while anything runs that this job has started.
+
 
         :raises FileNotFoundError: when somebody has removed or replaced it before
         :raises OSError: when the system does not tell
@@ -176,8 +187,7 @@ class JobLock:
     def _withdrawn_on_error(self) -> Iterator[None]:
         """Withdraw what an attempt has made, if it fails.
 
-        That comes before the guard is free: nobody shall be refused because of one who
-        gives up.
+        While the guard is taken nobody else sees that, and is refused because of it.
         """
         try:
             yield
@@ -187,9 +197,9 @@ class JobLock:
 
     @contextlib.contextmanager
     def _given_up(self) -> Iterator[None]:
-        """Give up the kernel lock after what has become of the file.
+        """Run the body, then give up the kernel lock, also if the body fails.
 
-        After Ctrl-C abandon() does it.
+        After Ctrl-C in the body abandon() does it.
         """
         try:
             yield
@@ -201,26 +211,48 @@ class JobLock:
             raise
         self._close()
 
-    def _check_turn(self, names: set[str]) -> None:
-        """Give up if jobs wait that came before this one.
+    def _give_way(self, guard: int) -> None:
+        """Make no attempt if jobs wait that came before this one.
+
+        But if a lock is stale the attempt is made, and removes it. Maybe no other job
+        can tell that: those of another host, or of another user, wait for this lock.
+
+        :param guard: is free while this job looks at processes
+        :raises LockInTheWayError: when the job waits on
+        """
+        names = self._directory.names()
+        jobs_before = self._count_before(names)
+        if not jobs_before:
+            return
+        lockdir.free_guard(guard)
+        files = self._directory.read_locks(names)
+        lockfile.judge_by_leftovers(files, LOOK_TIMEOUT)
+        in_the_way = [file for file in files if file.state.is_in_the_way]
+        if in_the_way:
+            raise LockInTheWayError(_first_to_tell(in_the_way), jobs_before)
+        if not any(_is_to_be_removed(file) for file in files):
+            raise LockInTheWayError(None, jobs_before)
+        lockdir.take_guard(guard)
+
+    def _count_before(self, names: set[str]) -> int:
+        """Count the jobs that wait and came before this one.
 
         :param names: what lies in the directory
         """
         own_card = self._own_card() if lockdir.orphans(names) else None
         if not own_card:
-            return
+            return 0
         own_turn = (own_card.came, self._name)
         waiting = self._directory.waiting(names, own_card.renewed)
-        before = [ticket for ticket in waiting if ticket.turn < own_turn]
-        if before:
-            files = self._directory.read_locks(names - {self._name})
-            in_the_way = [file for file in files if file.state.is_in_the_way]
-            file = _weightiest(in_the_way) if in_the_way else None
-            raise LockInTheWayError(file, len(before))
+        return sum(ticket.turn < own_turn for ticket in waiting)
 
     def _publish(self) -> None:
         """Give the lock file its name when it is complete and has its kernel lock."""
         with reported_as(Use.WRITE):
+            # An earlier attempt of this job may have left it, in a trouble that has
+            # passed.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._unpublished)
             # Nobody else may open it before the kernel lock is there.
             self._file = io.FileIO(self._unpublished, "x+", opener=_open_private)
         fd = self._file.fileno()
@@ -240,7 +272,7 @@ class JobLock:
                 os.fchmod(fd, 0o644)
             os.rename(self._unpublished, self.path)
 
-    def _find_ended(self, guard: int) -> tuple[set[str], list[LockFile]]:
+    def _read_others(self, guard: int) -> tuple[set[str], list[LockFile]]:
         """Read the other locks; return what is listed, and the locks of ended jobs.
 
         Jobs that start together on several hosts have no common guard. If each of them
@@ -262,11 +294,11 @@ class JobLock:
                 return names, files
             is_first = all(self._comes_before(file) for file in in_the_way)
             if not is_first or time.monotonic() > deadline:
-                raise LockInTheWayError(_weightiest(in_the_way))
-            # Other contenders of this host need not wait for that to be refused.
-            lockdir.free(guard)
+                raise LockInTheWayError(_first_to_tell(in_the_way))
+            # Let other contenders of this host in meanwhile: they are refused at once.
+            lockdir.free_guard(guard)
             time.sleep(RIVAL_PAUSE)
-            lockdir.take(guard)
+            lockdir.take_guard(guard)
 
     def _comes_before(self, file: LockFile) -> bool:
         """Tell whether this job goes first of two that start together on two hosts."""
@@ -335,17 +367,20 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, mode=0o600)
 
 
-def _weightiest(files: list[LockFile]) -> LockFile:
+def _first_to_tell(files: list[LockFile]) -> LockFile:
     """Return the lock that a user is to be told of."""
     return min(files, key=lambda file: file.state)
 
 
+def _is_to_be_removed(file: LockFile) -> bool:
+    # Only its owner and root see whether a guest of it runs: then it is left to them.
+    is_for_others = file.reason is Obstacle.GUESTS_OF_OTHERS
+    return file.state is State.STALE and not is_for_others
+
+
 def _remove(stale: list[LockFile]) -> None:
     """Remove stale locks, each with its card; note why one could not be removed."""
-    for file in stale:
-        # Only its owner and root see whether a guest runs: it is left to them.
-        if file.reason is Obstacle.GUESTS_OF_OTHERS:
-            continue
+    for file in filter(_is_to_be_removed, stale):
         try:
             os.unlink(file.path)
         except FileNotFoundError:

@@ -18,8 +18,9 @@ from avocado_vt_joblock.lockfile import LockFile
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
 #: How long a ticket counts after it was renewed, in seconds. A job that waits renews it
-#: before that: the pause between two attempts takes 1 s, and an attempt 8.5 s at most,
-#: of which 1 is for the guard, 1 for leases, 1.5 for other hosts and 5 for processes.
+#: at the start and at the end of each attempt. An attempt takes 8.5 s at most: 1 for
+#: the guard, 1 for leases, 1.5 for other hosts and 5 for processes. Between two
+#: attempts lies 1 s.
 TICKET_TIMEOUT = 10.0
 #: From what age on a card or an unpublished file was left by a crash, in seconds.
 LITTER_AGE = 60.0
@@ -28,7 +29,7 @@ LITTER_AGE = 60.0
 #: example
 #: .avocado-vt-joblock-8f0a3ed06dc5353fe19db0e0ab8f3a10a9c3b6ba-1000-5f2c9d01.pid.host
 _COMPANION = re.compile(
-    rf"\.(?P<lock_name>{lockfile.NAME.pattern})(?P<kind>(?:\.host(?:\.new)?)?)"
+    rf"\.(?P<lock_name>{lockfile.NAME.pattern})(?P<kind>|\.host|\.host\.new)"
 )
 
 
@@ -65,12 +66,11 @@ class Ticket:
 class LockDirectory:
     """A directory in which jobs make lock files.
 
-    For example it has, of a job that holds the lock and of one that waits for it:
+    It has for example, of a job that holds the lock and of one that waits for it::
 
-    avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid
-    .avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid.host -> hv3.lab 1a2b3c4d
-    4026531836 ... .avocado-vt-joblock-77d1c0aa...-1001-0b4e11f7.pid.host -> hv3.lab
-    1a2b3c4d 4026531836 ...
+        avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid
+        .avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid.host -> hv3.lab 1a2b3c4d ...
+        .avocado-vt-joblock-77d1c0aa...-1001-0b4e11f7.pid.host -> hv3.lab 1a2b3c4d ...
 
     :param path: its absolute path
     """
@@ -92,7 +92,7 @@ class LockDirectory:
         with reported_as(Use.OPEN):
             guard = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            take(guard)
+            take_guard(guard)
             yield guard
         finally:
             # An error here would say nothing of the lock.
@@ -144,7 +144,8 @@ class LockDirectory:
             path = self.join(orphan[0])
             with contextlib.suppress(OSError):
                 age = os.lstat(new_file).st_ctime - os.lstat(path).st_ctime
-                if age > LITTER_AGE:
+                # The clock of a file system may be set back.
+                if abs(age) > LITTER_AGE:
                     os.unlink(path)
 
 
@@ -152,20 +153,26 @@ def _is_ticket(found: Card, now: float) -> bool:
     """Tell whether a card without a lock file is the ticket of a job that lives."""
     if found.has_left:
         return False  # avocado-vt, which knows no cards, has removed its lock file.
+    if found.is_of_this_pid_namespace and not found.writer_lives:
+        return False
     # A job that has just come may be about to publish its lock. It renews its card when
     # its first attempt has failed.
     has_waited = found.came < found.renewed
-    is_alive = now - found.renewed < TICKET_TIMEOUT
+    # The clock of a file system may be set back.
+    is_alive = abs(now - found.renewed) < TICKET_TIMEOUT
     return has_waited and is_alive
 
 
 def orphans(names: set[str]) -> list[re.Match[str]]:
-    """Return the names of cards and unpublished files without their lock file."""
+    """Return the cards and unpublished files without their lock file.
+
+    :return: of each one its name (group 0), that of its lock file and its kind
+    """
     matches = [_COMPANION.fullmatch(name) for name in names if name.startswith(".")]
     return [match for match in matches if match and match["lock_name"] not in names]
 
 
-def take(guard: int) -> None:
+def take_guard(guard: int) -> None:
     """Take the guard; go on without after a while, or where it cannot be had."""
     deadline = time.monotonic() + GUARD_TIMEOUT
     with contextlib.suppress(OSError):
@@ -177,7 +184,7 @@ def take(guard: int) -> None:
                 time.sleep(0.005)
 
 
-def free(guard: int) -> None:
+def free_guard(guard: int) -> None:
     """Let others take the guard."""
     with contextlib.suppress(OSError):
         fcntl.flock(guard, fcntl.LOCK_UN)

@@ -19,8 +19,8 @@ from avocado_vt_joblock import card, kernellock, leftovers, marks, procfs
 from avocado_vt_joblock.card import CLOCK_SLACK, Card
 from avocado_vt_joblock.leftovers import JobProcess, Obstacle
 
-#: How every lock file begins. avocado-vt takes all that begins so for a lock. So the
-#: names of cards, and of files that are not complete yet, begin with a dot.
+#: How the name of every lock file begins. avocado-vt treats every file with this prefix
+#: as a lock. Cards, and files that are not published yet, therefore begin with a dot.
 PREFIX = "avocado-vt-joblock-"
 #: avocado-vt-joblock-8f0a3ed06dc5353fe19db0e0ab8f3a10a9c3b6ba-1000-5f2c9d01.pid: the id
 #: of the job, the number of its user, and a random part. What is named otherwise is no
@@ -45,7 +45,7 @@ class State(enum.IntEnum):
     LIVE = 3  # something of its job still runs: the new job is refused, or waits
     NOT_NOW = 4  # nobody can tell for now: the same as if it was live
     ENDED = 5  # no verdict yet: the job has ended, and what is left of it decides
-    STALE = 6  # nothing of its job runs any more: it is removed
+    STALE = 6  # nothing of its job is seen to run: it is no obstacle
 
     @property
     def is_in_the_way(self) -> bool:
@@ -148,6 +148,8 @@ def read(path: str, deadline: float) -> LockFile | None:
             return None
         file.state, file.reason = State.UNKNOWN, Flaw.SYSTEM
         file.detail = error.strerror or repr(error)
+        if error.filename and str(error.filename).startswith("/proc"):
+            file.detail += f": {error.filename}"
     return file
 
 

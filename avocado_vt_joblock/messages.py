@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import math
 import os
 import shlex
@@ -19,10 +18,6 @@ from avocado_vt_joblock.lock import JobIdError, LockInTheWayError, WaitedInVainE
 from avocado_vt_joblock.lockdir import DirectoryError, Ticket, Use
 from avocado_vt_joblock.lockfile import LockFile, State
 
-#: Avocado's loggers: of the file job.log, and of what users see at once.
-JOB_LOG = "avocado.job"
-USER_LOG = "avocado.app"
-
 #: How the text of each stopped job begins. Scripts look for it.
 FAILURE = "Failure trying to set Avocado-VT job lock: "
 #: How the summary of a stopped job names the only test that its results have.
@@ -33,29 +28,6 @@ FREE = "The lock is free: a job with VT tests can start."
 NOT_FREE = "The lock is not free: a job with VT tests cannot start."
 NO_COMMAND = """There is no command to run:
     avocado vt-joblock run -- COMMAND ARGUMENT..."""
-
-
-def tell(
-    text: str,
-    level: int = logging.WARNING,
-    *,
-    loggers: tuple[str, ...] = (JOB_LOG, USER_LOG),
-    error: BaseException | None = None,
-) -> None:
-    """Tell job.log and the user; whatever log handlers raise, nothing changes.
-
-    :param text: what to tell
-    :param level: how much it matters, by the module logging
-    :param loggers: whom to tell
-    :param error: whose traceback is told, too
-    """
-    for logger in loggers:
-        try:
-            logging.getLogger(logger).log(level, text, exc_info=error)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:
-            pass
 
 
 # A stopped job.
@@ -93,6 +65,13 @@ def why_stopped(error: BaseException, directory: object) -> str:
     if isinstance(error, JobIdError):
         return f"the job id {error.job_id!r} is not 40 hexadecimal digits."
     return ""
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Tell whether an error is one of those that have a text of their own."""
+    of_lock = (LockInTheWayError, DirectoryError, JobIdError)
+    of_options = (options.OptionError, options.OrderError)
+    return isinstance(error, (*of_lock, *of_options, KeyboardInterrupt, SystemExit))
 
 
 def headline(error: BaseException, text: str) -> str:
@@ -244,16 +223,9 @@ def _in_line(jobs_before: int) -> str:
 # A job that has the lock.
 
 
-def tell_of_stale(files: list[LockFile]) -> None:
-    """Tell what has become of stale locks, and warn of guests that nobody can see."""
-    for file in files:
-        if file.not_removed:
-            tell(not_removed(file))
-        elif file.reason:
-            tell(advice.guests_of_others(file))
-        else:
-            text = f"Removed the stale lock file {file.path}."
-            tell(text, logging.INFO, loggers=(JOB_LOG,))
+def removed(file: LockFile) -> str:
+    """Say that a stale lock was removed."""
+    return f"Removed the stale lock file {file.path}."
 
 
 def not_removed(file: LockFile) -> str:
@@ -287,17 +259,16 @@ Waiting up to {limit:g} s. Ctrl-C ends the waiting."""
 
 def left_behind(left: Leftovers, path: str, *, is_in_place: bool) -> str:
     """Say what a job has left, and that its lock file stays if it is in place."""
-    if not left.processes:
-        return f"""Nobody can tell whether something of the job still runs:
-{advice.reason(left)}.
-The lock file stays. The next job looks again."""
-    they = "it has" if len(left.processes) == 1 else "these have"
-    text = f"""{_still_run(left, "of the job")}:{advice.listed(left)}
-Until {they} ended, no job of this user or of root runs."""
-    if is_in_place:
-        text += f"""
-The lock file stays, and the next job removes it:
+    stays = f"""
+The lock file stays:
     {path}"""
+    if not left.processes:
+        text = f"""Nobody can tell whether something of the job still runs:
+{advice.reason(left)}."""
+        return f"{text}{stays}\nThe next job looks again." if is_in_place else text
+    text = f"{_still_run(left, 'of the job')}:{advice.listed(left)}"
+    if is_in_place:
+        text += f"{stays}\n{advice.who_is_stopped(left.processes, os.geteuid())}"
     return f"{text}\n{advice.to_do(left, os.geteuid())}"
 
 
@@ -308,10 +279,10 @@ def not_released(error: OSError, path: str) -> str:
     {path}
 Other jobs may have run at the same time and changed its images. Find out what
 did it: a cleaner of temporary files, maybe."""
-    return f"""The lock file could not be removed: {error.strerror or repr(error)}.
+    return f"""The lock could not be given back: {error.strerror or repr(error)}.
     {path}
-It stops no job once the last process of this job has ended. A later job removes
-it."""
+The file stops no job once the last process of this job has ended. A later job
+removes it."""
 
 
 def _still_run(left: Leftovers, of_job: str) -> str:

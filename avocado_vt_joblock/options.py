@@ -19,7 +19,7 @@ LAST_PLUGIN = "vt-joblock-release"
 KEYS = frozenset(["dir", "timeout"])
 
 #: "90", "2.5h".
-_TIME = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,12})?)(?P<unit>[smhd]?)")
+_TIME = re.compile(r"(?P<number>[0-9]{1,8}(?:\.[0-9]{1,8})?)(?P<unit>[smhd]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

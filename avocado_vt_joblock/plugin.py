@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from avocado.core.plugin_interfaces import JobPost, JobPre
 
@@ -19,7 +19,7 @@ from avocado_vt_joblock import DIR, TIMEOUT
 
 _import_error: Exception | None = None
 try:
-    from avocado_vt_joblock import ending, messages, options, refusal, waiting
+    from avocado_vt_joblock import ending, messages, options, refusal, telling, waiting
     from avocado_vt_joblock.lock import JobLock
 except Exception as error:  # a half-done upgrade, for example
     _import_error = error
@@ -56,7 +56,7 @@ class VTJobLock(JobPre):
             try:
                 stop = _stop_without_package(job) or _stop(job, error)
             finally:
-                # Whatever comes now, a signal for example, Avocado must not go on.
+                # This replaces any exception of the line above: Avocado must not go on.
                 raise stop from None
 
 
@@ -73,11 +73,10 @@ class VTJobUnlock(JobPost):
 
         :param job: the job that has ended, in whatever way
         """
-        if _import_error:
-            return
         try:
-            refusal.rearm(job)
-            _give_back(job)
+            if not _import_error:
+                refusal.rearm(job)
+                _give_back(job)
         finally:
             # After Ctrl-C in the middle of that the next job judges what is left.
             lock: JobLock | None = vars(job).get(_LOCK)
@@ -102,6 +101,7 @@ def _stop_without_package(job: Job) -> BaseException | None:
     """Stop a job where this package does not load; return None where it does."""
     if not _import_error:
         return None
+    # Nothing of this package may be used here, neither messages nor refusal.
     text = f"Failure trying to set Avocado-VT job lock: {_import_error}"
     logging.getLogger("avocado.app").error(text)
     # The holder of the lock may be at work: see refusal.disarm().
@@ -118,13 +118,13 @@ def _acquire(job: Job) -> None:
     refusal.forget(job)
     refusal.disarm(job)
     config = _config_of(job)
-    options.check_order(config.get("plugins.job.prepost.order"))
+    options.check_order(_order_of_plugins())
     timeout = options.timeout(config[TIMEOUT])
     directory = options.directory(config[DIR])
     lock = JobLock(directory, str(job.unique_id))
     # Before the first attempt, so that post() finds whatever comes of it.
     vars(job)[_LOCK] = lock
-    messages.tell_of_stale(waiting.acquire(lock, timeout))
+    telling.tell_of_stale(waiting.acquire(lock, timeout))
     _warn(directory)
     refusal.rearm(job)
 
@@ -140,6 +140,21 @@ def _config_of(job: Job) -> dict[str, Any]:
     return config
 
 
+def _order_of_plugins() -> list[str] | None:
+    """Return the order that is set for plugins of jobs, where Avocado looks for it.
+
+    That is not the configuration of the job, which a program may have changed.
+    """
+    from avocado.core.settings import settings
+
+    key = "plugins.job.prepost.order"
+    # To make a dictionary of all settings would cost as much as the whole attempt.
+    namespaces: dict[str, Any] = getattr(settings, "_namespaces", {})
+    if key in namespaces:
+        return cast("list[str] | None", namespaces[key].value)
+    return cast("list[str] | None", settings.as_dict().get(key))
+
+
 def _warn(directory: str) -> None:
     """Warn of what makes the lock weak, and of what is set in vain."""
     from avocado.core.settings import settings
@@ -147,9 +162,9 @@ def _warn(directory: str) -> None:
     mode = os.stat(directory).st_mode
     # By inode(7) only the sticky bit keeps others from removing what is not theirs.
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        messages.tell(messages.no_sticky_bit(directory))
+        telling.tell(messages.no_sticky_bit(directory))
     for key in options.unknown_keys(settings.config):
-        messages.tell(messages.unknown_key(key))
+        telling.tell(messages.unknown_key(key))
 
 
 def _give_back(job: Job) -> None:
@@ -167,8 +182,8 @@ def _all_passed(job: Job) -> bool:
     """Whether a job has ended well.
 
     After any other end of a test avocado-vt says nothing of a clean-up that failed, and
-    a guest may run on. Avocado sets the status to PASS when all suites have run,
-    without an exception on its way out.
+    a guest may run on. The status is PASS when all suites have run, and no exception is
+    under way.
     """
     if job.status != "PASS" or job.exitcode or not job.result:
         return False

@@ -24,7 +24,7 @@ ROUND_PAUSE = 0.005
 EXEC_LOOKS = 3
 #: How far the first and the last of these looks are apart, in seconds.
 EXEC_TIME = 0.005
-#: The same for a process that shows no command line either: it hangs in its exec then.
+#: The same for a process without a command line, too: it may hang in its exec.
 BLANK_TIME = 0.5
 
 #: PF_KTHREAD of the kernel's include/linux/sched.h, a flag in /proc/PID/stat.
@@ -64,7 +64,7 @@ class Process:
 
     @property
     def is_blank(self) -> bool:
-        """Whether nobody can tell what it is: it hangs in an exec, or at its end."""
+        """Whether nobody can tell what it is: it is stuck in exec(2), or at its end."""
         return self.has_no_environ and not self.command
 
 
@@ -72,6 +72,12 @@ def age(started: int) -> float:
     """Return how long ago a start time was, in seconds."""
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     return now - started / os.sysconf("SC_CLK_TCK")
+
+
+def ticks_ago(seconds: float) -> int:
+    """Return the start time of a process that would have started so long ago."""
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return int((now - seconds) * os.sysconf("SC_CLK_TCK"))
 
 
 def read_stat(pid: int) -> Stat:
@@ -126,7 +132,7 @@ def shows_own_namespace() -> bool:
 def ancestors() -> set[int]:
     """Return the PIDs of the parent of this process, of its parent, and so on.
 
-    The last one is that before a process that /proc hides, one of another user maybe.
+    The list ends at the first one that /proc hides, one of another user maybe.
     """
     found: set[int] = set()
     with contextlib.suppress(OSError):
@@ -173,10 +179,13 @@ def hides_others() -> bool:
             # Of several mounts there the last one is on top.
             if fields[1] == "/proc":
                 options = fields[3]
-    return "hidepid=" in options and not _may_trace_all()
+    return "hidepid=" in options and not _sees_all()
 
 
-def _may_trace_all() -> bool:
+def _sees_all() -> bool:
+    """Tell whether this process may see all that hidepid hides from others."""
+    if is_in_user_namespace():
+        return False
     with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
         for line in file:
             # CapEff:	000001ffffffffff
@@ -186,9 +195,9 @@ def _may_trace_all() -> bool:
 
 
 def is_in_user_namespace() -> bool:
-    """Tell whether this process may be denied what its user may do on the host.
+    """Tell whether this process is in a user namespace, as in a toolbox.
 
-    So it is in a toolbox or a rootless container.
+    There it cannot read some processes of its own user.
 
     :raises OSError: when that cannot be read
     """
@@ -223,14 +232,14 @@ class Scan:
         self.problem: OSError | None = None  # why none can be seen
         self._since = since
         self._timeout = timeout
-        # The thread looks at nothing more when half of the time is over. So if it is
-        # still there at the end of the time, a process does not answer.
+        # The thread starts to read nothing more after half of the time. If it is still
+        # there at the end of the time, it is stuck in a read.
         self._deadline = time.monotonic() + min(SETTLE_TIMEOUT, timeout / 2)
         self._visit = visit
         self._has_seen_all = False
         self._failure: BaseException | None = None
         self._at: Stat | None = None  # the process that is being read
-        self._done: set[int] = set()
+        self._done: dict[int, int] = {}  # the start times of what was read, by PID
         self._looks: dict[tuple[int, int], _Looks] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -258,7 +267,8 @@ class Scan:
         try:
             self.hides_others = hides_others()
             self.is_in_user_namespace = is_in_user_namespace()
-            self._done.add(own_pid())
+            own = read_stat(own_pid())
+            self._done[own.pid] = own.started
             while not self._has_seen_all and time.monotonic() < self._deadline:
                 self._has_seen_all = self._look_at_all()
         except OSError as error:
@@ -268,33 +278,45 @@ class Scan:
 
     def _look_at_all(self) -> bool:
         """Read what has not been read; return whether that is all there is."""
-        has_ended = False
+        some_ended = False
         listed = {int(name) for name in os.listdir("/proc") if name.isdigit()}
-        # What is gone may have left its PID to another process.
-        self._done &= listed
-        for pid in listed - self._done:
+        self._forget_gone(listed)
+        for pid in listed - self._done.keys():
             if time.monotonic() > self._deadline:
                 return False
             try:
                 self._look_at(pid)
             except (FileNotFoundError, ProcessLookupError):
                 # It may have started another one, which only the next round shows.
-                has_ended = True
+                some_ended = True
             except PermissionError:
                 self._note_hidden(pid)
-        is_all = not has_ended and listed <= self._done
-        if not is_all and not has_ended:
+        is_all = not some_ended and listed <= self._done.keys()
+        if not is_all and not some_ended:
             time.sleep(ROUND_PAUSE)
         return is_all
+
+    def _forget_gone(self, listed: set[int]) -> None:
+        """Forget what has ended: its PID may be that of another process now."""
+        for pid, started in list(self._done.items()):
+            if pid not in listed or not self._is_same(pid, started):
+                del self._done[pid]
+
+    def _is_same(self, pid: int, started: int) -> bool:
+        with contextlib.suppress(
+            PermissionError, FileNotFoundError, ProcessLookupError
+        ):
+            return read_stat(pid).started == started
+        return True  # It is hidden, or will be seen to have ended.
 
     def _look_at(self, pid: int) -> None:
         """Read a process, and be done with it unless it is in the middle of an exec."""
         stat = self._at = read_stat(pid)
         if stat.started < self._since:
-            self._done.add(pid)
+            self._done[pid] = stat.started
             return
         if stat.has_ended:
-            self._done.add(pid)
+            self._done[pid] = stat.started
             raise ProcessLookupError
         command = read_command(pid)
         environ = _read_memory(pid, "environ")
@@ -304,14 +326,14 @@ class Scan:
         process = Process(stat, uid, command, environ)
         if self._is_in_exec(process):
             return
-        self._done.add(pid)
+        self._done[pid] = stat.started
         if environ is None:
             self.denied.append(process)
         self._visit(process)
 
     def _note_hidden(self, pid: int) -> None:
         """Note a process that hidepid=1 lists, but does not let be read."""
-        self._done.add(pid)
+        self._done[pid] = 0
         with contextlib.suppress(OSError):
             uid = os.stat(f"/proc/{pid}").st_uid
             unknown = Stat(

@@ -14,7 +14,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from avocado_vt_joblock import messages
+from avocado_vt_joblock import messages, telling
 
 if TYPE_CHECKING:
     from avocado.core.job import Job
@@ -78,11 +78,9 @@ def stop(job: Job, error: BaseException, directory: object) -> BaseException:
     text = f"{type(error).__name__}: {error}"
     with contextlib.suppress(Exception):
         text = messages.refusal(error, directory, job.logfile)
-    is_ours = messages.why_stopped(error, directory)
-    is_interruption = isinstance(error, (KeyboardInterrupt, SystemExit))
     # Only what nobody has thought of is told with a traceback: it looks like a crash.
-    unforeseen = None if is_ours or is_interruption else error
-    messages.tell(text, logging.ERROR, loggers=(messages.JOB_LOG,), error=unforeseen)
+    unforeseen = None if messages.is_foreseen(error) else error
+    telling.tell(text, logging.ERROR, loggers=(telling.JOB_LOG,), error=unforeseen)
     with contextlib.suppress(Exception):
         _show_in_results(job, text, messages.headline(error, text))
     if isinstance(error, SystemExit):
@@ -101,7 +99,7 @@ def _exception_of_avocado(job: Job, text: str) -> BaseException:
         # From 105.0 on Avocado lets these out of a plugin.
         if hasattr(extension_manager, "JobBaseException"):
             return JobError(text)
-    messages.tell(text, logging.ERROR, loggers=(messages.USER_LOG,))
+    telling.tell(text, logging.ERROR, loggers=(telling.USER_LOG,))
     return SystemExit(getattr(job, "exitcode", 0) | _JOB_FAIL)
 
 
@@ -150,7 +148,8 @@ def _show_in_results(job: Any, text: str, headline: str) -> None:
 def _show_in_tap(job: Job, state: dict[str, Any]) -> None:
     """Have Avocado's own plugin for TAP write, which else does so at events only.
 
-    It is a new one: that of the job would have no files if the job runs again.
+    It is a new object: if the program runs the job again, that of the job would write
+    into files that are closed.
     """
     from avocado.plugins.tap import TAPResult
 

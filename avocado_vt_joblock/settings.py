@@ -61,18 +61,18 @@ class VTJobLockSettings(Settings):
 
         Avocado finds the installed one by itself in an activated virtual environment
         only, and puts the files of conf.d in no certain order. In an activated
-        environment it does not read the administrator's file. That comes second then,
-        so that jobs of one machine do not have different lock directories:
+        environment it does not read the administrator's file. We add it in second place
+        then, so that all jobs of a machine use one lock directory:
 
         not activated:
-            PREFIX/etc/avocado/conf.d/vt_joblock.conf (of pip),
-            /etc/avocado/conf.d/vt_joblock_defaults.conf (of the RPM),
-            ... (/etc/avocado/conf.d/vt_joblock.conf is among them)
+        PREFIX/etc/avocado/conf.d/vt_joblock.conf (of pip),
+        /etc/avocado/conf.d/vt_joblock_defaults.conf (of the RPM),
+        ... (/etc/avocado/conf.d/vt_joblock.conf is among them)
         activated:
-            VIRTUAL_ENV/etc/avocado/conf.d/vt_joblock.conf (of pip),
-            /etc/avocado/conf.d/vt_joblock_defaults.conf (of the RPM),
-            /etc/avocado/conf.d/vt_joblock.conf,
-            ...
+        VIRTUAL_ENV/etc/avocado/conf.d/vt_joblock.conf (of pip),
+        /etc/avocado/conf.d/vt_joblock_defaults.conf (of the RPM),
+        /etc/avocado/conf.d/vt_joblock.conf,
+        ...
 
         :param paths: the config files that Avocado will read, in order; changed here
         """

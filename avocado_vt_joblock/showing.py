@@ -23,6 +23,7 @@ from avocado_vt_joblock import (
     lockfile,
     messages,
     options,
+    telling,
 )
 from avocado_vt_joblock.leftovers import LOOK_TIMEOUT, JobProcess
 from avocado_vt_joblock.lockdir import DirectoryError, LockDirectory, Ticket, Use
@@ -74,7 +75,7 @@ def show(config: dict[str, Any], json_file: str | None) -> int:
             with open(json_file, "w", encoding="utf-8") as file:
                 json.dump(_as_json(survey), file, indent=4)
         except OSError as error:
-            messages.tell(f"{json_file}: {error.strerror}")
+            telling.tell(f"{json_file}: {error.strerror}")
             return NOT_WRITTEN
     return 0 if survey.verdict == "free" else 2
 
@@ -173,4 +174,4 @@ def _lock_as_json(survey: Survey, file: LockFile) -> dict[str, Any]:
 
 def _print(text: str) -> None:
     # Avocado shows it on standard output.
-    logging.getLogger(messages.USER_LOG).info("%s", text)
+    logging.getLogger(telling.USER_LOG).info("%s", text)

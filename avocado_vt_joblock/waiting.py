@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 
-from avocado_vt_joblock import messages
+from avocado_vt_joblock import messages, telling
 from avocado_vt_joblock.lock import JobLock, LockInTheWayError, WaitedInVainError
 from avocado_vt_joblock.lockdir import DirectoryError
 from avocado_vt_joblock.lockfile import LockFile, State
@@ -33,12 +33,12 @@ def acquire(lock: JobLock, timeout: float) -> list[LockFile]:
     :raises DirectoryError: when the system refuses a use of the directory
     """
     if not timeout:
-        return lock.acquire()
+        return _attempt(lock, waits=False)
     wait = _Wait(timeout)
     try:
         while True:
             try:
-                stale = lock.acquire(waits=True)
+                stale = _attempt(lock, waits=True)
             except (LockInTheWayError, DirectoryError) as error:
                 wait.pause(error)
             else:
@@ -50,6 +50,15 @@ def acquire(lock: JobLock, timeout: float) -> list[LockFile]:
     finally:
         if not lock.is_held:
             lock.abandon()
+
+
+def _attempt(lock: JobLock, *, waits: bool) -> list[LockFile]:
+    """Try to take the lock; what is removed though that fails is told at once."""
+    try:
+        return lock.acquire(waits=waits)
+    except LockInTheWayError as error:
+        telling.tell_of_stale(error.stale)
+        raise
 
 
 class _Wait:
@@ -83,7 +92,7 @@ class _Wait:
         self._has_waited = True
         self._tell(error, waited)
         self._show_on_terminal(error, waited)
-        # Jobs that came together do not try together for ever.
+        # A random pause keeps jobs that came together apart.
         pause = ATTEMPT_INTERVAL * random.uniform(0.5, 1)
         time.sleep(min(pause, self._timeout - waited))
 
@@ -91,13 +100,13 @@ class _Wait:
         """Tell how long the job has waited, if it has."""
         self._clear_terminal()
         if self._has_waited:
-            messages.tell(messages.obtained(time.monotonic() - self._started))
+            telling.tell(messages.obtained(time.monotonic() - self._started))
 
     def tell_stopped(self) -> None:
         """Tell the user that the wait was stopped from outside."""
         self._clear_terminal()
         text = messages.stopped_waiting(time.monotonic() - self._started)
-        messages.tell(text, loggers=(messages.USER_LOG,))
+        telling.tell(text, loggers=(telling.USER_LOG,))
 
     def _may_pass(self, error: LockInTheWayError | DirectoryError) -> bool:
         """Tell whether it is of use to wait.
@@ -132,7 +141,7 @@ class _Wait:
             return
         self._told_at = now
         self._clear_terminal()
-        messages.tell(text)
+        telling.tell(text)
 
     def _show_on_terminal(
         self, error: LockInTheWayError | DirectoryError, waited: float

@@ -1,3 +1,5 @@
+import contextlib
+import fcntl
 import shutil
 import sys
 import tempfile
@@ -15,6 +17,28 @@ def pytest_addoption(parser):
     parser.addoption(
         "--stress", type=int, default=1, help="do so many times the rounds"
     )
+
+
+@pytest.fixture(autouse=True)
+def turn(request, tmp_path_factory):
+    """Have tests that disturb every look at the processes of the host run alone.
+
+    Other tests run beside each other. Who comes to the gate later waits behind it, so
+    that those who run alone have their turn, too.
+    """
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    common = tmp_path_factory.getbasetemp().parent
+    is_alone = request.node.get_closest_marker("alone")
+    with contextlib.ExitStack() as files:
+        gate, room = (
+            files.enter_context((common / name).open("w")) for name in ("gate", "room")
+        )
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture(scope="session")

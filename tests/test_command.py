@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 from needs import SOME_USER, needs_avocado_vt, needs_other_users
 from others import leave_lock, process
-from sandbox import assert_refused, ended, finish, start, wait_for
+from sandbox import (
+    assert_refused,
+    ended,
+    finish,
+    heed_signals,
+    start,
+    wait_for,
+)
 
 from avocado_vt_joblock import card
 
@@ -160,6 +167,36 @@ def test_other_users_and_root_see_the_lock(sandboxes):
     ended(job)
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("timeout = soon", "this is not a time to wait:"),
+        (
+            "[plugins.job.prepost]\norder = ['jobscripts']",
+            "some plugins would run without the lock:",
+        ),
+    ],
+)
+def test_setting_that_stops_each_job_is_shown(sandbox, setting, told):
+    """The lock is free, and yet no job gets it."""
+    sandbox.add_to_config(setting)
+    text, shown = show(sandbox, 2)
+    assert (shown["verdict"], shown["locks"]) == ("stopped", [])
+    assert told in shown["problem"]
+    assert "The lock is not free" in text
+    assert told in text
+
+
+def test_file_for_json_that_cannot_be_written(sandbox):
+    file = "/nonexistent/shown.json"
+    shown = vt_joblock(sandbox, "show", "--json", file, stderr=subprocess.STDOUT)
+    text = ended(shown, 1)
+    about = [line for line in text.splitlines() if "nonexistent" in line]
+    assert about == [f"{file}: No such file or directory"]
+    assert "The lock is free" in text
+    assert "Traceback" not in text
+
+
 def run(sandbox, *command, **options):
     return vt_joblock(sandbox, "run", *command, stderr=subprocess.STDOUT, **options)
 
@@ -178,6 +215,18 @@ def run(sandbox, *command, **options):
 )
 def test_exit_code_is_that_of_the_command(sandbox, command, code):
     ended(run(sandbox, *command), code)
+    assert locks_and_cards(sandbox) == {}
+
+
+@pytest.mark.parametrize("how", ["by its path", "by its name"])
+def test_script_that_does_not_say_by_which_shell_it_is_run(sandbox, how):
+    """As for any shell, and for env(1), that is sh."""
+    script = sandbox.bin / "script"
+    script.write_text('echo "$0: $*"\nexit "$#"\n')
+    script.chmod(0o755)
+    command = script if how == "by its path" else script.name
+    text = ended(run(sandbox, command, "one", "two words", "three"), 3)
+    assert f"{script}: one two words three\n" in text
     assert locks_and_cards(sandbox) == {}
 
 
@@ -228,14 +277,11 @@ def test_job_inside_is_refused_as_nested(sandbox):
     assert not test.has_begun
 
 
-def test_child_that_is_left_keeps_the_lock(sandbox):
+@pytest.mark.parametrize("options", [[], ["--vt-joblock-timeout", "1h"]])
+def test_child_that_is_left_keeps_the_lock(sandbox, options):
     sandbox.first("from avocado_vt_joblock import ending\nending.END_TIMEOUT = 0.2\n")
-    text = ended(
-        run(
-            sandbox, "sh", "-c", "setsid sleep 1000 > /dev/null 2>&1 & echo $!; exit 5"
-        ),
-        5,
-    )
+    line = "setsid sleep 1000 > /dev/null 2>&1 & echo $!; exit 5"
+    text = ended(run(sandbox, *options, "sh", "-c", line), 5)
     child = int(re.search(r"^(\d+)$", text, re.MULTILINE)[1])
     assert "1 process of the job still runs:" in text
     assert re.search(rf"^ +{child}  sleep 1000$", text, re.MULTILINE)
@@ -286,6 +332,58 @@ def test_signals_reach_the_command_and_nobody_waits_less_for_it(sandbox):
     assert path.exists()
     assert read_until(process.stdout, "got") == [str(int(each)) for each in sent]
     assert process.wait(60) == 7
+    assert locks_and_cards(sandbox) == {}
+
+
+def ignore_the_end_of_children():
+    heed_signals()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+def test_parent_that_ignores_the_end_of_its_children(sandbox):
+    """A program inherits that, and then nothing tells of the end of the command."""
+    command = run(sandbox, "sh", "-c", "exit 3", preexec_fn=ignore_the_end_of_children)
+    ended(command, 3)
+    assert locks_and_cards(sandbox) == {}
+
+
+#: As it is for a command that is root's: by sudo, for example.
+REFUSES_SIGTERM = """
+import os, signal
+kill = os.kill
+def refused(pid, number):
+    if number == signal.SIGTERM:
+        raise PermissionError(1, "Operation not permitted")
+    kill(pid, number)
+os.kill = refused
+"""
+
+
+def test_command_that_may_not_be_sent_a_signal_is_waited_for(sandbox):
+    sandbox.first(REFUSES_SIGTERM)
+    process = run(sandbox, "--", *notes(1))
+    read_until(process.stdout, "ready")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
+    got = read_until(process.stdout, "got")
+    assert got == [str(int(signal.SIGUSR1))]
+    assert process.wait(60) == 7
+    assert locks_and_cards(sandbox) == {}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signal_after_the_end_of_the_command_changes_nothing(sandbox, signum):
+    """While what the command has left is waited for there is nobody to pass it on
+    to."""
+    sandbox.change("ending", END_TIMEOUT=60.0)
+    line = "setsid sleep 1000 > /dev/null 2>&1 & echo child $!; exit 5"
+    process = run(sandbox, "sh", "-c", line)
+    child = int(read_until(process.stdout, "child")[0])
+    read_until(process.stdout, "Waiting up to 60 s.")
+    process.send_signal(signum)
+    os.kill(child, signal.SIGKILL)
+    text = ended(process, 5)
+    assert "Traceback" not in text
     assert locks_and_cards(sandbox) == {}
 
 

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from avocado_vt_joblock import advice, formats, messages
+from avocado_vt_joblock import advice, formats, messages, telling
 from avocado_vt_joblock.card import Card, Identity, own_identity
 from avocado_vt_joblock.leftovers import JobProcess, Leftovers, Obstacle
 from avocado_vt_joblock.lock import JobIdError, LockInTheWayError, WaitedInVainError
 from avocado_vt_joblock.lockdir import DirectoryError, Ticket, Use
 from avocado_vt_joblock.lockfile import Flaw, LockFile, State
-from avocado_vt_joblock.options import OptionError, OrderError
+from avocado_vt_joblock.options import OptionError, OrderError, timeout
 
 NAME = f"avocado-vt-joblock-{7:040x}-0-00000007.pid"
 PATH = f"/two words/{NAME}"
@@ -152,7 +152,7 @@ def test_never_two_only_if_in_a_row(text):
     ],
 )
 def test_advice_to_kill(left, kills):
-    """Only where no test is left, all was seen, and it is not the reader's own shell."""
+    """Only where no test is left, all was seen, and it is not the reader's shell."""
     is_outer = any(this.is_ancestor for this in left.processes)
     state = State.OUTER if is_outer else State.LIVE
     text = in_the_way(state, processes=left.processes, reason=left.obstacle)
@@ -209,6 +209,69 @@ def test_where_a_job_of_another_host_can_be_judged():
     ours = own_identity()
     here = in_the_way(State.LIVE, card=card(ours.host, ours.boot), pid=1)
     assert "host:" not in here
+
+
+@pytest.mark.parametrize("has_waited", [False, True])
+def test_job_of_another_host_can_be_waited_for(has_waited):
+    """And the way to remove its file is not forbidden in the next line."""
+    error = LockInTheWayError(IN_THE_WAY["held on another host"])
+    if has_waited:
+        error = WaitedInVainError(error, 300.0)
+    told = refusal(error)
+    longer = " longer" if has_waited else ""
+    assert f"To have this one wait{longer}: avocado run --vt-joblock-timeout" in told
+    assert "To see what runs and who waits: avocado vt-joblock show" in told
+    assert f"\n    rm '{PATH}'" in told
+    assert "Do not remove the file" not in told
+
+
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+def test_file_that_is_gone_neither_stays_nor_stops_jobs(left):
+    told = messages.left_behind(left, PATH, is_in_place=True)
+    assert f"The lock file stays:\n    {PATH}" in told
+    gone = messages.left_behind(left, PATH, is_in_place=False)
+    assert NAME not in gone
+    for words in ("stay", "no job", "next job", "Until all of that has ended"):
+        assert words not in gone
+    # What is left is told in any case.
+    assert gone.splitlines()[0] == told.splitlines()[0]
+    for each in left.processes:
+        assert f"{each.pid}  {each.command}" in gone
+
+
+@pytest.mark.parametrize(
+    ("processes", "uid", "stopped"),
+    [
+        (TEST, UID, "no job with VT tests runs here."),
+        (TEST, 0, "no job with VT tests runs here."),
+        (GUEST, UID, f"no job of {UID} or root runs."),
+        (GUEST, 0, "no job of root runs."),
+        # A guest of root's, by sudo for example, which only root sees.
+        ([*GUEST, process(4503, uid=0)], UID, "no job of root runs."),
+    ],
+)
+def test_who_is_stopped_by_what_is_left(monkeypatch, processes, uid, stopped):
+    """Everybody sees a test, and only its user and root see a guest."""
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    texts = [
+        in_the_way(State.LIVE, processes=processes, uid=uid),
+        messages.left_behind(Leftovers(processes), PATH, is_in_place=True),
+    ]
+    for text in texts:
+        assert f"\nUntil all of that has ended, {stopped}\n" in text
+        assert text.count("Until all of that has ended") == 1
+
+
+def test_longest_time_to_wait():
+    """It is more than the years of a calendar; Python has numbers for it."""
+    longest = timeout("99999999d")
+    with pytest.raises(OptionError):
+        timeout("100000000d")
+    line = messages.on_terminal(83.0, longest, 0)
+    assert line.startswith("Waiting for the lock: 0:01:23 of 99999999 days, 0:00:00")
+    told = messages.waiting(LockInTheWayError(None, 1), longest)
+    assert told.startswith("Waiting until ")
+    assert messages.still_waiting(83.0, longest).startswith("Still waiting until ")
 
 
 def test_what_to_do():
@@ -320,7 +383,7 @@ def test_time():
     """Also of a file whose date anybody has set."""
     for when in (-(2**62), 2**62):
         assert re.search(
-            r"since:  \S+$", in_the_way(State.LIVE, since=float(when)), re.M
+            r"since:  \S+$", in_the_way(State.LIVE, since=float(when)), re.MULTILINE
         )
     hours_ago = formats.since(time.time() - 2 * 3600 - 191)
     assert re.fullmatch(r"[\d-]{10} [\d:]{8} \(2:03:1\d ago\)", hours_ago)
@@ -363,10 +426,10 @@ def test_tell_survives_handlers_that_raise(caplog):
             raise OddError
 
     handler = Strict()
-    logging.getLogger(messages.JOB_LOG).addHandler(handler)
+    logging.getLogger(telling.JOB_LOG).addHandler(handler)
     try:
-        messages.tell("one")
+        telling.tell("one")
     finally:
-        logging.getLogger(messages.JOB_LOG).removeHandler(handler)
+        logging.getLogger(telling.JOB_LOG).removeHandler(handler)
     told = [record.name for record in caplog.records if record.message == "one"]
-    assert messages.USER_LOG in told
+    assert telling.USER_LOG in told

@@ -28,8 +28,10 @@ def test_timeout(value, seconds):
 
 @pytest.mark.parametrize(
     "value",
-    ["soon", "", "-2", "nan", "inf", "1 h", "1w", "h", "1e3", "-1h", "٣", True, None]
-    + [[1], {}, 10**400, "1" * 100_000],
+    [
+        *("soon", "", "-2", "nan", "inf", "1 h", "1w", "h", "1e3", "-1h", "٣"),
+        *(True, None, [1], {}, 10**400, "1" * 100_000),
+    ],
     ids=lambda value: repr(value)[:20],
 )
 def test_no_timeout(value):

@@ -1,16 +1,20 @@
 """The card beside a lock file: on which host a job runs, and as which process."""
 
+import errno
 import fcntl
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import needs
 import pytest
 from conftest import WAIT
 from faults import intercepted
 from needs import SOME_USER, needs_pid_namespaces, needs_root
 from others import (
+    AN_HOUR,
     attempt,
     card_path,
     cards,
@@ -22,6 +26,7 @@ from others import (
     names,
     process,
 )
+from sandbox import wait_for
 
 from avocado_vt_joblock import card, kernellock, lock, lockdir, lockfile, marks, procfs
 
@@ -122,10 +127,76 @@ def test_lock_of_another_host_is_of_the_owner_of_its_card(directory):
     assert (told.state, told.uid) == ("LIVE", SOME_USER)
 
 
+PROC_WITH_PROCESSES_ONLY = [
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c"),
+    *('mount -t proc -o subset=pid proc /proc && exec "$@"', "-"),
+]
+needs_proc_with_processes_only = pytest.mark.skipif(
+    not needs._works(*PROC_WITH_PROCESSES_ONLY, "true"),
+    reason="no mount of /proc with subset=pid here",
+)
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.EIO])
+def test_who_does_not_know_its_own_host_takes_no_lock(
+    directory, path, monkeypatch, code
+):
+    """It cannot tell a job of another host from one of here that has ended."""
+    link = leave_card(path, **ANOTHER_HOST)
+
+    def fail():
+        raise OSError(code, os.strerror(code), "/proc/sys/kernel/random/boot_id")
+
+    monkeypatch.setattr(card, "own_identity", fail)
+    told = attempt(directory)
+    assert (told.state, getattr(told, "path", None)) == ("UNKNOWN", str(path))
+    assert sorted(directory.iterdir()) == sorted([path, link])
+
+
+@needs_proc_with_processes_only
+def test_proc_that_shows_processes_only(directory, path):
+    """As some services have it: there nobody knows the boot of the host."""
+    link = leave_card(path, **ANOTHER_HOST)
+    with process(directory, *PROC_WITH_PROCESSES_ONLY) as contender:
+        told = contender.told
+    assert (told.state, getattr(told, "path", None)) == ("UNKNOWN", str(path))
+    assert sorted(directory.iterdir()) == sorted([path, link])
+
+
+@needs_proc_with_processes_only
+def test_held_lock_beside_a_proc_that_shows_processes_only(directory, held):
+    with process(directory, *PROC_WITH_PROCESSES_ONLY) as contender:
+        assert contender.told.state in ("LIVE", "UNKNOWN")
+    assert names(directory) == [Path(held.path).name]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_card_that_the_system_does_not_show_is_not_taken_for_none(
+    directory, path, code
+):
+    """It may be of another host, where the job runs."""
+    link = leave_card(path, **ANOTHER_HOST)
+
+    def hook(name, call):
+        if name == "readlink" and call.args == (str(link),):
+            raise OSError(code, os.strerror(code))
+        return call()
+
+    with intercepted(hook):
+        told = attempt(directory)
+    assert (told.state, told.reason) == ("UNKNOWN", "SYSTEM")
+    assert told.detail == os.strerror(code)
+    assert sorted(directory.iterdir()) == sorted([path, link])
+
+
 # The same host, before it was booted.
 
 
-@pytest.mark.parametrize("content", ["this package", LIVE_OF_AVOCADO_VT, BLANK])
+@pytest.mark.parametrize(
+    "content",
+    ["this package", LIVE_OF_AVOCADO_VT, BLANK],
+    ids=["this package", "avocado-vt", "blank"],
+)
 def test_lock_of_the_last_boot_is_stale_without_a_look(directory, calls, content):
     """After a power cut the file may be blank, but the link survives."""
     path = leave_lock(directory, content=content, age=0)
@@ -262,6 +333,7 @@ def test_job_that_has_left_its_file(directory, start):
         (LIVE_OF_AVOCADO_VT, {"pid_namespace": 1}, ("LIVE", None)),
         (LIVE_OF_AVOCADO_VT, {"started": 1}, ("LIVE", None)),
     ],
+    ids=["boot", "blank", "avocado-vt", "namespace", "start"],
 )
 def test_card_of_a_stranger_frees_no_lock(directory, content, fields, told):
     path = leave_lock(directory, content=content, age=0)
@@ -303,6 +375,51 @@ def test_what_started_before_the_job_is_not_read(directory, path, start, calls):
     # Without a card it may be of the job.
     leave_lock(directory)
     assert attempt(directory).pids == {older.pid}
+
+
+@pytest.mark.parametrize("offset", [5, 24 * AN_HOUR])
+def test_start_that_is_later_than_its_card_is_not_believed(
+    directory, path, start, offset
+):
+    """In a time namespace the same moment has other ticks."""
+    leave_card(path, started=procfs.ticks_ago(-offset))
+    guest = start(env=MARK)
+    told = attempt(directory)
+    assert (told.state, getattr(told, "pids", None)) == ("LIVE", {guest.pid})
+
+
+STARTS_A_GUEST = f"""
+import os, subprocess, sys
+from avocado_vt_joblock import lock
+made = lock.JobLock(*sys.argv[1:])
+made.acquire()
+guest = subprocess.Popen(["sleep", "1000"])
+print(flush=True)
+print(os.getpid(), guest.pid, flush=True)
+{WAIT}"""
+IN_TIME_NAMESPACE = ["unshare", "--time", "--fork", "--boottime"]
+
+
+@pytest.mark.skipif(
+    not needs._works(*IN_TIME_NAMESPACE, "5", "true"), reason="no time namespaces here"
+)
+@pytest.mark.parametrize("offset", ["5", "-5", "86400"])
+@pytest.mark.parametrize("who", ["job", "next job", "both"])
+def test_guest_of_a_killed_job_in_a_time_namespace(directory, start, offset, who):
+    namespace = [*IN_TIME_NAMESPACE, offset]
+    of_job = namespace if who != "next job" else []
+    of_next = namespace if who != "job" else []
+    job = start(directory, JOB_ID, script=STARTS_A_GUEST, prefix=of_job)
+    pid, guest = map(int, job.stdout.readline().split())
+    with process(directory, *of_next) as contender:
+        assert (contender.told.state, contender.told.pid) == ("LIVE", pid)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: job.poll() is not None)
+    with process(directory, *of_next) as contender:
+        told = contender.told
+        assert (told.state, getattr(told, "pids", None)) == ("LIVE", {guest})
+    os.kill(guest, signal.SIGKILL)
+    wait_for(lambda: attempt(directory).state == "WON")
 
 
 @needs_root
@@ -385,6 +502,102 @@ def test_file_system_without_links(directory, start, new_lock):
             how()
         assert attempt(directory).state == "WON"
     assert os.listdir(directory) == []
+
+
+# Tickets: who waits, and came before.
+
+
+@pytest.fixture
+def ticket(directory, monkeypatch):
+    """Have a job of another host wait that came an hour ago; return its ticket.
+
+    It renews that at each attempt, which here is for the whole test.
+    """
+    monkeypatch.setattr(lockdir, "TICKET_TIMEOUT", AN_HOUR / 2)
+    link = leave_card(lock_path(directory, FIRST), **ANOTHER_HOST)
+    os.utime(link, (time.time() - AN_HOUR,) * 2, follow_symlinks=False)
+    yield link
+    link.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_stale_lock_that_only_a_later_job_can_judge(
+    directory, path, ticket, new_lock, waits
+):
+    """For the job that came first it is live for ever. So the later one removes it,
+    says so, and lets the first one have its turn."""
+    leave_card(path)
+    later = new_lock()
+    with pytest.raises(lock.LockInTheWayError) as refused:
+        later.acquire(waits=waits)
+    assert (refused.value.file, refused.value.jobs_before) == (None, 1)
+    (removed,) = refused.value.stale
+    assert (removed.path, removed.not_removed) == (str(path), "")
+    assert names(directory) == sorted(cards(directory))
+    assert (card_path(Path(later.path)).name in cards(directory)) == waits
+    assert not later.is_held
+    # There is nothing left to do for it but to wait.
+    with pytest.raises(lock.LockInTheWayError) as refused:
+        later.acquire(waits=waits)
+    assert (refused.value.jobs_before, refused.value.stale) == (1, [])
+    ticket.unlink()
+    assert later.acquire(waits=waits) == []
+
+
+def test_job_that_came_later_makes_no_attempt(directory, ticket, new_lock, calls):
+    """By its file it would refuse the one whose turn it is."""
+    later = new_lock()
+    for _ in range(2):
+        told = contend(later, waits=True)
+        assert (told.state, told.jobs_before) == ("NOT_YET", 1)
+    assert "rename" not in {name for name, *_ in calls}
+    later.abandon()
+
+
+MAKES_A_TICKET = f"""
+import sys, time
+from avocado_vt_joblock import card
+card.make(sys.argv[1])
+time.sleep(0.05)
+card.make(sys.argv[1])
+{WAIT}"""
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_ticket_of_a_job_that_was_killed(
+    directory, start, new_lock, monkeypatch, waits
+):
+    """On its own host that is known at once; nobody waits until it is old."""
+    monkeypatch.setattr(lockdir, "TICKET_TIMEOUT", AN_HOUR)
+    path = lock_path(directory, FIRST)
+    first = start(path, script=MAKES_A_TICKET)
+    made = new_lock()
+    told = contend(made, waits=waits)
+    assert (told.state, told.jobs_before) == ("NOT_YET", 1)
+    end(first)
+    assert contend(made, waits=waits).state == "WON"
+    card.remove(path)
+
+
+def test_ticket_that_was_renewed_in_the_future(directory, ticket, new_lock):
+    """The clock of a file system may be set back."""
+
+    def hook(name, call):
+        if name == "lstat" and call.args == (str(ticket),):
+            real = call()
+            return SimpleNamespace(
+                st_uid=real.st_uid,
+                st_mtime=real.st_mtime,
+                st_ctime=real.st_ctime + AN_HOUR,
+            )
+        return call()
+
+    made = new_lock()
+    assert contend(made, waits=True).state == "NOT_YET"
+    with intercepted(hook):
+        assert contend(made, waits=True).state == "WON"
+    # By that time it is litter as well.
+    assert not os.path.lexists(ticket)
 
 
 # What a crash has left.

@@ -1,8 +1,10 @@
 """Which processes keep the lock of an ended job live: what it has started, and nothing
 else."""
 
+import itertools
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -10,17 +12,26 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from conftest import WAIT
 from faults import intercepted
-from needs import LONELY_USER, SOME_USER, needs_other_users, needs_root
+from needs import (
+    LONELY_USER,
+    PID_NAMESPACE,
+    SOME_USER,
+    needs_other_users,
+    needs_pid_namespaces,
+    needs_root,
+)
 from others import (
     attempt,
     attempt_as,
     job_id,
+    leave_card,
     leave_lock,
     lock_path,
     names,
@@ -32,6 +43,7 @@ from avocado_vt_joblock import ending, helpers, leftovers, lock, lockdir, marks,
 from avocado_vt_joblock.leftovers import Leftovers, Obstacle
 from avocado_vt_joblock.marks import VARIABLE
 
+pytestmark = pytest.mark.alone
 JOB_ID = job_id(0xDEAD)
 NAME = lock_path(Path(), 0xDEAD).name
 OTHER = lock_path(Path(), 1).name
@@ -39,6 +51,8 @@ MARK = {VARIABLE: NAME}
 PYTHON = [sys.executable, "-c", WAIT]
 #: As Avocado starts a runner, in whose child avocado-vt runs the test.
 RUNNER = ["task-run", "-i", "1-test", "-j", JOB_ID, "-k", "avocado-vt"]
+#: How long something may take before it hangs, in seconds.
+HANG = 30
 ECHO = "&& echo x > /dev/null"
 # It prints a line when the commands before it are done.
 SHELL = ["sh", "-c", "echo; read line"]
@@ -235,6 +249,51 @@ def test_guest_that_its_own_user_may_not_read(directory, path, start, guest_has)
     assert attempt_as(LONELY_USER, directory).state == "WON"
 
 
+HIDING = [*PID_NAMESPACE, "sh", "-c"]
+
+
+@needs_pid_namespaces
+@needs_other_users
+def test_guest_that_its_own_user_is_shown_but_may_not_read(directory, path):
+    """As above, where /proc has hidepid=1: that lists it, and shows nothing of it."""
+    os.chown(path, LONELY_USER, LONELY_USER)
+    user = f"setpriv --reuid={LONELY_USER} --clear-groups"
+    begin = f"""
+mount -o remount,hidepid=1 /proc || exit
+{VARIABLE}={NAME} {user} --regid=1 sleep 1000 &
+while kill -0 $! && ! grep -q sleep /proc/$!/comm; do :; done
+"$@"
+kill $!"""
+    with process(directory, *HIDING, begin, "-", *run_as(LONELY_USER)) as contender:
+        told = contender.told
+        assert (told.state, getattr(told, "reason", None)) == ("UNKNOWN", "DENIED")
+        assert names(directory) == [path.name]
+    # Without the guest the user's own attempt succeeds.
+    without = 'mount -o remount,hidepid=1 /proc && { "$@"; :; }'
+    with process(directory, *HIDING, without, "-", *run_as(LONELY_USER)) as contender:
+        assert contender.told.state == "WON"
+    assert names(directory) == []
+
+
+@needs_pid_namespaces
+@needs_other_users
+@pytest.mark.parametrize("hidepid", [1, 2])
+def test_root_sees_what_is_hidden_from_others(directory, path, hidepid):
+    """So it frees the lock of another user, and finds the guest of one."""
+    hides = f"mount -o remount,hidepid={hidepid} /proc || exit\n"
+    guest = f"""
+{VARIABLE}={NAME} setpriv --reuid={SOME_USER} --regid=1 --clear-groups sleep 1000 &
+while kill -0 $! && ! grep -q sleep /proc/$!/comm; do :; done
+"""
+    os.chown(path, SOME_USER, SOME_USER)
+    with process(directory, *HIDING, f'{hides}{guest}"$@"; kill $!', "-") as contender:
+        assert (contender.told.state, len(contender.told.pids)) == ("LIVE", 1)
+    with process(directory, *HIDING, f'{hides}"$@"; :', "-") as contender:
+        assert contender.told.state == "WON"
+        assert [file.path for file in contender.told.stale] == [str(path)]
+    assert names(directory) == []
+
+
 def test_shell_that_a_killed_job_has_left(directory, path):
     environment = {**os.environ, **MARK}
     with process(directory, "sh", "-c", '"$@"; :', "-", env=environment) as other:
@@ -389,6 +448,67 @@ def test_process_that_the_first_listing_misses(directory, path, start):
         assert attempt(directory).pids == {forked.pid}
 
 
+def test_pid_that_another_process_is_given_between_two_listings(
+    directory, path, start, monkeypatch
+):
+    """What was older than the job has ended, and its PID is that of a guest now."""
+    guest, gone = start(env=MARK), start()
+    end(gone)
+    gone.wait()
+    real = procfs.read_stat
+    leave_card(path, started=real(guest.pid).started)
+    listings = iter([[str(gone.pid), str(guest.pid)]])
+    older = []
+
+    def read_stat(pid):
+        stat = real(pid)
+        if pid == guest.pid and not older:
+            older.append(replace(stat, started=stat.started - 1))
+            return older[0]
+        return stat
+
+    def hook(name, call):
+        is_listing = name == "listdir" and call.args[0] == "/proc"
+        return next(listings, [str(guest.pid)]) if is_listing else call()
+
+    monkeypatch.setattr(procfs, "read_stat", read_stat)
+    with intercepted(hook):
+        told = attempt(directory)
+    assert (told.state, getattr(told, "pids", None)) == ("LIVE", {guest.pid})
+    assert older
+
+
+def test_host_that_is_busy_all_the_time(directory, path, monkeypatch):
+    """Nothing hangs there: each listing has one more process, which has just ended."""
+    monkeypatch.setattr(lock, "LOOK_TIMEOUT", 2)
+    # Linux has no PIDs as high as these.
+    pids = itertools.count(2**22 + 1)
+
+    def hook(name, call):
+        is_listing = name == "listdir" and call.args[0] == "/proc"
+        return [str(next(pids))] if is_listing else call()
+
+    threads = threading.active_count()
+    with intercepted(hook):
+        told = attempt(directory)
+    assert (told.state, told.reason, told.pids) == ("NOT_NOW", "RESTLESS", set())
+    # No thread is left behind.
+    assert threading.active_count() == threads
+    assert names(directory) == [path.name]
+
+
+def test_look_goes_back_to_the_oldest_of_several_jobs(directory, path, start):
+    """Of jobs that have ended one has a guest that is older than all of the other."""
+    guest = start(env=MARK)
+    its_start = procfs.read_stat(guest.pid).started
+    leave_card(path, started=its_start)
+    for number in (1, 2**32 - 1):
+        leave_card(leave_lock(directory, number), started=its_start + 1)
+    told = attempt(directory)
+    assert (told.state, told.path) == ("LIVE", str(path))
+    assert told.pids == {guest.pid}
+
+
 def test_busy_host(directory, start):
     for _ in range(24):
         start(command=["sh", "-c", "while :; do /bin/true; done"])
@@ -499,9 +619,13 @@ class Storage:
         self._place = place
         self._start = start
 
-    def hang(self):
-        """Start a process that writes there: nobody can read its environment then."""
-        hanging = self._start(self._place / "file", script=HANGS)
+    def hang(self, *words, before=""):
+        """Start a process that writes there: nobody can read its environment then.
+
+        :param words: what else is in its command line
+        :param before: what it does before
+        """
+        hanging = self._start(self._place / "file", *words, script=before + HANGS)
         # If this test is killed: whoever looks at that process hangs, ps(1) as well.
         thaw = f"sleep 60; fsfreeze --unfreeze {self._place}"
         self._start(command=["sh", "-c", thaw])
@@ -570,6 +694,59 @@ def test_process_that_hangs(directory, path, start, monkeypatch, storage):
     hanging.stdout.readline()
     wait_for(lambda: attempt(directory).state == "WON")
     assert threading.active_count() == threads
+
+
+TAKES_THE_LOCK = """
+import sys
+from avocado_vt_joblock import lock
+job = lock.JobLock(*sys.argv[2:])
+job.acquire()
+"""
+SHOWS = """
+import logging, sys
+from avocado_vt_joblock import DIR, TIMEOUT, showing
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+showing.LOOK_TIMEOUT = 1
+sys.exit(showing.show({DIR: sys.argv[1], TIMEOUT: "0"}, None))
+"""
+IS_REFUSED = """
+import sys
+from avocado_vt_joblock import lock, messages
+try:
+    lock.JobLock(*sys.argv[1:]).acquire()
+except lock.LockInTheWayError as error:
+    print(messages.refusal(error, sys.argv[1], ""))
+    sys.exit(2)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(SHOWS, []), (IS_REFUSED, [job_id(1)])],
+    ids=["show", "refusal"],
+)
+def test_holder_that_hangs(directory, storage, script, words):
+    """Nobody can read its command line, too. Whoever tells of its lock does not hang
+    with it."""
+    holder = storage.hang(directory, JOB_ID, before=TAKES_THE_LOCK)
+    command = [sys.executable, "-c", script, str(directory), *words]
+    try:
+        # Two looks of a second each, at most; and no more than HANG for all else.
+        told = subprocess.run(
+            command, check=False, capture_output=True, cwd="/", text=True, timeout=HANG
+        )
+    except subprocess.TimeoutExpired:
+        told = None
+    finally:
+        storage.thaw()
+    assert told, "it hangs"
+    assert told.returncode == 2, told
+    assert "another job holds the lock." in told.stdout
+    assert re.search(rf"^ +PID: +{holder.pid}\b", told.stdout, re.MULTILINE)
+    holder.kill()
+    holder.wait()
+    assert attempt(directory).state == "WON"
 
 
 LOOKS_FOR_LONG = """

@@ -96,6 +96,40 @@ def test_end(directory, new_lock, end):
         assert os.listdir(directory) == []
 
 
+def test_lock_that_a_job_has_left_after_it_has_waited_stays(
+    directory, held, new_lock, start
+):
+    """Whoever ends a job abandons its lock last of all. What was left for a guest is
+    no ticket then."""
+    made = new_lock()
+    assert contend(made, waits=True).state == "LIVE"
+    held.release()
+    made.acquire(waits=True)
+    guest = start()
+    made.leave()
+    made.abandon()
+    assert names(directory) == [Path(made.path).name]
+    assert cards(directory) == [f".{Path(made.path).name}.host"]
+    told = attempt(directory)
+    assert (told.state, told.path, told.pids) == ("LIVE", made.path, {guest.pid})
+    guest.kill()
+    guest.wait()
+    assert attempt(directory).state == "WON"
+    assert os.listdir(directory) == []
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_lock_that_a_job_abandons_while_it_holds_it_stays(directory, new_lock, waits):
+    """It was interrupted: nobody has looked for what is left of it."""
+    made = new_lock()
+    made.acquire(waits=waits)
+    made.abandon()
+    made.abandon()
+    assert not made.is_held
+    assert names(directory) == [Path(made.path).name]
+    assert attempt(directory).state == "WON"
+
+
 @ends
 @pytest.mark.parametrize("what", ["removed", "replaced", "directory replaced"])
 def test_file_that_vanishes(directory, held, what, end):

@@ -1,0 +1,50 @@
+"""How a job tells its user and its log.
+
+Avocado keeps everything out of its logs that comes from a module of the name
+"messages".
+"""
+
+from __future__ import annotations
+
+import logging
+
+from avocado_vt_joblock import advice, messages
+from avocado_vt_joblock.lockfile import LockFile
+
+#: Avocado's loggers: of the file job.log, and of what users see at once.
+JOB_LOG = "avocado.job"
+USER_LOG = "avocado.app"
+
+
+def tell(
+    text: str,
+    level: int = logging.WARNING,
+    *,
+    loggers: tuple[str, ...] = (JOB_LOG, USER_LOG),
+    error: BaseException | None = None,
+) -> None:
+    """Tell job.log and the user; whatever log handlers raise, nothing changes.
+
+    :param text: what to tell
+    :param level: how much it matters, by the module logging
+    :param loggers: whom to tell
+    :param error: whose traceback is told, too
+    """
+    for logger in loggers:
+        try:
+            logging.getLogger(logger).log(level, text, exc_info=error)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            pass
+
+
+def tell_of_stale(files: list[LockFile]) -> None:
+    """Tell what has become of stale locks, and warn of guests that nobody can see."""
+    for file in files:
+        if file.not_removed:
+            tell(messages.not_removed(file))
+        elif file.reason:
+            tell(advice.guests_of_others(file))
+        else:
+            tell(messages.removed(file), logging.INFO, loggers=(JOB_LOG,))
