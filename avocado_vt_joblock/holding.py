@@ -162,8 +162,8 @@ def _wait_for(pid: int) -> int:
         # A thread of a plugin may take the signal that the child has ended.
         info = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, POLL_INTERVAL)
         if info and info.si_signo in _PASSED_ON and info.si_code <= 0:
-            # By sigaction(2) a process has sent it, and so to this process alone. A child
-            # that is root's, by sudo for example, gets no signals from here.
+            # By sigaction(2) a process has sent it, and so to this process alone. A
+            # child that is root's, by sudo for example, gets no signals from here.
             with contextlib.suppress(PermissionError):
                 os.kill(pid, info.si_signo)
         ended, status = os.waitpid(pid, os.WNOHANG)

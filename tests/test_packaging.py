@@ -52,7 +52,7 @@ root = sys.argv[1]
 sys.path.insert(0, sys.argv[2])
 entry_points = importlib.metadata.distribution({DISTRIBUTION!r}).entry_points
 loaded = {{point.group: point.load() for point in entry_points}}
-from avocado_vt_joblock import data_file, settings
+from avocado_vt_joblock import installed_file, settings
 for name in ("ADMIN_FILE", "PACKAGED_FILE"):
     setattr(settings, name, root + getattr(settings, name))
 # In the order in which os.listdir() may have them.
@@ -60,7 +60,7 @@ paths = [settings.ADMIN_FILE, settings.PACKAGED_FILE]
 loaded["avocado.plugins.settings"]().adjust_settings_paths(paths)
 for line in [*map(inspect.getfile, loaded.values()), *paths]:
     print(line)
-print(data_file("{MANUAL}/messages.rst"))"""
+print(installed_file("{MANUAL}/messages.rst"))"""
 
 
 def test_neither_the_build_nor_twine_warns(built):
