@@ -197,8 +197,9 @@ def _facts(file: LockFile) -> str:
         is_alive = file.state in (State.LIVE, State.OUTER)
         if is_alive and not file.pid_is_here and not file.is_elsewhere:
             lines += [
-                "        (of another PID namespace, or ended and has left a child that",
-                f"        holds the lock: fuser -v {shlex.quote(file.path)})",
+                "        (It is not seen here: it is of another PID namespace, or has",
+                "        ended and has left a child that holds the lock:",
+                f"        fuser -v {shlex.quote(file.path)})",
             ]
     lines.append(f"user:   {owner(file)}")
     lines.append(f"job id: {file.job_id}")

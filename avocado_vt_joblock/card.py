@@ -6,8 +6,8 @@ the job's process has closed files that it had not opened. So a second witness l
 beside the lock file ``NAME``: a symbolic link ``.NAME.host`` whose target is a text,
 for example "hv3.lab 1a2b3c4d 4026531836 4242 812345". Nobody follows it.
 
-A stranger can make a card, as well as a lock file. That can stop a job. But a card can
-show that a lock is stale only if it has the same owner as the lock file.
+Anybody can make a card or a lock file, and so stop a job. But a card shows that a lock
+is stale only if both have the same owner.
 
 A job that waits has a card without a lock file. That is its ticket. The link's mtime is
 when the job came, and stays so. The job renews its ticket at each attempt: the link's
@@ -80,9 +80,9 @@ class Card:
     def start_here(self) -> int:
         """A start time in ticks of this boot: no process of the job is older.
 
-        That is the start of the job's own process, as the card tells it. In a time
-        namespace (time_namespaces(7)) the same moment has other ticks. So it is never
-        later than the card itself was made.
+        That is when the job's own process started, by the card. The ticks of a time
+        namespace (time_namespaces(7)) differ from those here, so the moment at which
+        the card was made is the upper limit.
         """
         if not self.is_of_this_boot:
             return 0
@@ -151,6 +151,12 @@ def read(lock_path: str) -> Card | None:
     match = _TEXT.fullmatch(text)
     if not match:
         return None
+    try:
+        here = own_identity()
+    except OSError as error:
+        # A card of another host must not be taken for none.
+        reason = f"/proc does not tell which host this is: {error.strerror}"
+        raise OSError(errno.EIO, reason) from error
     identity = Identity(
         host=match["host"],
         boot=match["boot"],
@@ -164,9 +170,7 @@ def read(lock_path: str) -> Card | None:
         uid=status.st_uid,
         came=status.st_mtime,
         renewed=status.st_ctime,
-        # Where that is not known the error comes out: a card of another host must not
-        # be taken for none.
-        here=own_identity(),
+        here=here,
     )
 
 
@@ -181,7 +185,7 @@ def make(lock_path: str) -> None:
         try:
             os.symlink(_text(), path)
         except FileExistsError:
-            _keep_times(path, path)
+            _renew(path)
 
 
 def leave(lock_path: str) -> None:
@@ -196,6 +200,11 @@ def leave(lock_path: str) -> None:
         with contextlib.suppress(OSError):
             _keep_times(path, f"{path}.new")
         os.rename(f"{path}.new", path)
+
+
+def _renew(path: str) -> None:
+    """Set the ctime of a link to now, and keep its mtime."""
+    _keep_times(path, path)
 
 
 def _keep_times(old: str, new: str) -> None:

@@ -89,13 +89,15 @@ def _problem_of(command: list[str]) -> str:
     if command[0] == "--":
         return ""
     for word in command:
+        if word == "--":
+            break
         if word.partition("=")[0] in AVOCADO_OPTIONS:
             return messages.option_of_avocado(word)
     return ""
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[set[signal.Signals]]:
+def _signals_blocked() -> Iterator[set[int]]:
     """Block what is passed on, until the lock is given back.
 
     :return: the signals that were blocked before
@@ -108,7 +110,7 @@ def _signals_blocked() -> Iterator[set[signal.Signals]]:
     blocked = _PASSED_ON | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        yield {signal.Signals(number) for number in mask}
+        yield {int(number) for number in mask}
     finally:
         # What comes after the end of the command is for nobody.
         while signal.sigtimedwait(blocked, 0):
@@ -117,14 +119,17 @@ def _signals_blocked() -> Iterator[set[signal.Signals]]:
 
 
 def _give_back(lock: JobLock) -> None:
-    """Give the lock back; of all signals Ctrl-C ends the wait for the rest."""
+    """Give the lock back.
+
+    Ctrl-C cuts the wait for what is left short. Other signals do not.
+    """
     with contextlib.suppress(KeyboardInterrupt):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         ending.give_back(lock, looks=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
-def _run(command: list[str], mask: set[signal.Signals]) -> int:
+def _run(command: list[str], mask: set[int]) -> int:
     """Run a command to its end, whatever signals come.
 
     :param command: the command and its arguments
@@ -140,7 +145,7 @@ def _run(command: list[str], mask: set[signal.Signals]) -> int:
     return _wait_for(pid)
 
 
-def _spawn(command: list[str], mask: set[signal.Signals]) -> int:
+def _spawn(command: list[str], mask: set[int]) -> int:
     def spawn(program: str, words: list[str]) -> int:
         return os.posix_spawnp(
             program, words, os.environ, setsigmask=mask, setsigdef=_HEEDED
@@ -159,11 +164,14 @@ def _spawn(command: list[str], mask: set[signal.Signals]) -> int:
 def _wait_for(pid: int) -> int:
     """Wait for a child, and pass signals on to it; return its exit code."""
     while True:
-        # A thread of a plugin may take the signal that the child has ended.
-        info = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, POLL_INTERVAL)
+        # A thread of a plugin does not block them. It may take the signal that the
+        # child has ended, and have Python raise KeyboardInterrupt here.
+        info = None
+        with contextlib.suppress(KeyboardInterrupt):
+            info = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, POLL_INTERVAL)
         if info and info.si_signo in _PASSED_ON and info.si_code <= 0:
-            # By sigaction(2) a process has sent it, and so to this process alone. A
-            # child that is root's, by sudo for example, gets no signals from here.
+            # By sigaction(2) a process has sent it, and not the terminal. A child that
+            # is root's, by sudo for example, gets no signals from here.
             with contextlib.suppress(PermissionError):
                 os.kill(pid, info.si_signo)
         ended, status = os.waitpid(pid, os.WNOHANG)

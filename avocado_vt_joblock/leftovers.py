@@ -145,8 +145,8 @@ class Look:
         return Leftovers(found, obstacle, detail)
 
     def _is_running(self, process: JobProcess) -> bool:
-        is_new = not self._scan or not self._scan.hanging
-        return is_new or procfs.is_running(process.pid, process.started)
+        may_have_ended = bool(self._scan and self._scan.hanging)
+        return not may_have_ended or procfs.is_running(process.pid, process.started)
 
     def _obstacle(self, trace: Trace) -> tuple[Obstacle | None, str]:
         """Return what may keep processes of a job out of sight, the worst first."""
@@ -208,11 +208,10 @@ def _may_be_guest(process: procfs.Process, trace: Trace, scan: procfs.Scan) -> b
 
 
 def job_id_in(command: bytes) -> str:
-    r"""Return the id of the job whose test has this command line, or "".
+    """Return the id of the job whose test has this command line, or "".
 
-    :param command: as /proc shows it:
-        b"/usr/bin/python3\0/usr/bin/avocado-runner-avocado-vt
-        \0task-run\0-i\01-boot\0-j\08f0a3ed06dc5353fe19db0e0ab8f3a10a9c3b6ba\0-k\0avocado-vt"
+    :param command: as /proc shows it, for example, with | for NUL:
+        python3|avocado-runner-avocado-vt|task-run|-i|1-boot|-j|8f0a3ed0...|-k|avocado-vt|
     """
     _, _, options = command.partition(b"\0task-run\0")
     _, _, rest = (b"\0" + options).partition(b"\0-j\0")

@@ -119,7 +119,7 @@ class JobLock:
                 self._give_way(guard)
             self._publish()
             names, others = self._read_others(guard)
-            # From here on the published file keeps others out, and they fail at once.
+            # From here on the published file keeps others out: the guard is not needed.
             lockdir.free_guard(guard)
             lockfile.judge_by_leftovers(others, LOOK_TIMEOUT)
             in_the_way = [file for file in others if file.state.is_in_the_way]
@@ -162,7 +162,6 @@ class JobLock:
 
         It counts as live while anything runs that this job has started.
 
-
         :raises FileNotFoundError: when somebody has removed or replaced it before
         :raises OSError: when the system does not tell
         """
@@ -187,7 +186,8 @@ class JobLock:
     def _withdrawn_on_error(self) -> Iterator[None]:
         """Withdraw what an attempt has made, if it fails.
 
-        While the guard is taken nobody else sees that, and is refused because of it.
+        As long as this process holds the guard, no contender of this host sees what was
+        made and is refused because of it.
         """
         try:
             yield
@@ -214,8 +214,8 @@ class JobLock:
     def _give_way(self, guard: int) -> None:
         """Make no attempt if jobs wait that came before this one.
 
-        But if a lock is stale the attempt is made, and removes it. Maybe no other job
-        can tell that: those of another host, or of another user, wait for this lock.
+        But if a lock is stale the attempt is made, and removes it. Perhaps only this
+        job can tell that: the jobs before it may be of another host or user.
 
         :param guard: is free while this job looks at processes
         :raises LockInTheWayError: when the job waits on
@@ -373,7 +373,7 @@ def _first_to_tell(files: list[LockFile]) -> LockFile:
 
 
 def _is_to_be_removed(file: LockFile) -> bool:
-    # Only its owner and root see whether a guest of it runs: then it is left to them.
+    # Whether a guest of it runs, only its owner and root see: they remove it.
     is_for_others = file.reason is Obstacle.GUESTS_OF_OTHERS
     return file.state is State.STALE and not is_for_others
 

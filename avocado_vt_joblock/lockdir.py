@@ -18,9 +18,9 @@ from avocado_vt_joblock.lockfile import LockFile
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
 #: How long a ticket counts after it was renewed, in seconds. A job that waits renews it
-#: at the start and at the end of each attempt. An attempt takes 8.5 s at most: 1 for
-#: the guard, 1 for leases, 1.5 for other hosts and 5 for processes. Between two
-#: attempts lies 1 s.
+#: at the start and at the end of each attempt. Between these are 1 s for the guard, 1
+#: for leases, 1.5 for other hosts and 5 for processes at most; the lock file itself is
+#: there meanwhile. Between two attempts lies 1 s.
 TICKET_TIMEOUT = 10.0
 #: From what age on a card or an unpublished file was left by a crash, in seconds.
 LITTER_AGE = 60.0
@@ -86,7 +86,7 @@ class LockDirectory:
     def guard(self) -> Iterator[int]:
         """Keep other contenders of this host out, if that can be had in time.
 
-        :return: the guard, which can be free and taken again in between
+        :return: its descriptor, for free_guard() and take_guard()
         :raises DirectoryError: when the directory cannot be opened
         """
         with reported_as(Use.OPEN):

@@ -34,7 +34,7 @@ OPEN_TIMEOUT = 1.0
 #: "4242\n\n". The empty line tells that the writer has the kernel lock on the file for
 #: as long as it lives. avocado-vt writes "4242", and reads the PID with int(), which
 #: does not mind the empty line.
-_CONTENT = re.compile(rb"(?P<pid>[0-9]{1,10})(?:(?P<has_kernel_lock>\n\n)|\s{0,9})")
+_CONTENT = re.compile(rb"(?P<pid>[0-9]{1,10})(?:(?P<uses_kernel_lock>\n\n)|\s{0,9})")
 
 
 class State(enum.IntEnum):
@@ -64,9 +64,8 @@ class Flaw(enum.Enum):
     SYSTEM = enum.auto()  # the system refuses to show it
     NO_REGULAR_FILE = enum.auto()  # no job makes such a thing
     NO_PID = enum.auto()  # nobody knows whose it is
-    LEASED = (
-        enum.auto()
-    )  # another program, a file server for example, has a lease on it
+    #: another program, a file server for example, has a lease on it
+    LEASED = enum.auto()
 
 
 @dataclass
@@ -80,7 +79,7 @@ class LockFile:
     since: float = 0.0  # when it was written, in seconds since the Epoch
     is_regular: bool = True
     is_held: bool = False  # whether a process has the kernel lock on it
-    has_kernel_lock: bool = True  # whether its writer has one for as long as it lives
+    uses_kernel_lock: bool = True  # whether its writer takes one: avocado-vt does not
     pid: int = 0  # the job's own process, as the file tells; 0 if it does not
     pid_is_here: bool = True  # whether that may be the process of this PID here
     # The verdict.
@@ -121,10 +120,7 @@ class LockFile:
         """Return the command line of its job's own process, where that is seen."""
         if not self.pid or not self.pid_is_here or not procfs.shows_own_namespace():
             return ""
-        try:
-            words = procfs.read_command(self.pid)
-        except OSError:
-            return ""
+        words = procfs.read_command_in_time(self.pid)
         return os.fsdecode(words).rstrip("\0").replace("\0", " ")
 
 
@@ -148,8 +144,6 @@ def read(path: str, deadline: float) -> LockFile | None:
             return None
         file.state, file.reason = State.UNKNOWN, Flaw.SYSTEM
         file.detail = error.strerror or repr(error)
-        if error.filename and str(error.filename).startswith("/proc"):
-            file.detail += f": {error.filename}"
     return file
 
 
@@ -165,11 +159,8 @@ def judge_by_leftovers(files: list[LockFile], timeout: float) -> None:
     look = leftovers.Look.take(min(file.trace.since for file in ended), timeout)
     for file in ended:
         left = look.leftovers_of(file.trace)
-        file.processes, file.reason, file.detail = (
-            left.processes,
-            left.obstacle,
-            left.detail,
-        )
+        file.processes = left.processes
+        file.reason, file.detail = left.obstacle, left.detail
         file.state = _state_by(left)
 
 
@@ -188,7 +179,7 @@ def _judge(file: LockFile) -> tuple[State, Flaw | None]:
         return State.STALE, None  # This host was booted since.
     if not file.pid:
         return State.UNKNOWN, Flaw.NO_PID
-    if file.has_kernel_lock or not file.pid_is_here:
+    if file.uses_kernel_lock or not file.pid_is_here:
         return State.ENDED, None
     return State.LIVE, None
 
@@ -215,8 +206,8 @@ def _has_started_this(file: LockFile) -> bool:
         return False
     if file.own_card:
         return True
-    # In a container anybody's ancestor is PID 1. That may be another one than the
-    # file's.
+    # Every container has a PID 1, and it is an ancestor of all in it. So check that
+    # this one has the file open.
     try:
         return procfs.has_open(file.pid, file.name)
     except OSError:
@@ -249,7 +240,7 @@ def _read_facts(file: LockFile, deadline: float) -> bool:
         os.close(fd)
     # Another file may have come in its place between lstat() and open().
     file.uid, file.since = status.st_uid, status.st_mtime
-    file.has_kernel_lock = bool(match and match["has_kernel_lock"])
+    file.uses_kernel_lock = bool(match and match["uses_kernel_lock"])
     if match and 0 < int(match["pid"]) < 2**31:
         file.pid = int(match["pid"])
         file.pid_is_here = _is_pid_here(file)

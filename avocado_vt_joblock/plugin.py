@@ -125,7 +125,8 @@ def _acquire(job: Job) -> None:
     # Before the first attempt, so that post() finds whatever comes of it.
     vars(job)[_LOCK] = lock
     telling.tell_of_stale(waiting.acquire(lock, timeout))
-    _warn(directory)
+    with contextlib.suppress(Exception):
+        _warn(directory)
     refusal.rearm(job)
 
 
@@ -179,7 +180,7 @@ def _give_back(job: Job) -> None:
 
 
 def _all_passed(job: Job) -> bool:
-    """Whether a job has ended well.
+    """Tell whether every test of a job has passed, and nothing else went wrong.
 
     After any other end of a test avocado-vt says nothing of a clean-up that failed, and
     a guest may run on. The status is PASS when all suites have run, and no exception is

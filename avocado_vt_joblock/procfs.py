@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 #: How long a scan may look at a host on which processes come and go, in seconds.
 SETTLE_TIMEOUT = 3.0
+#: How long the command line of one process may be waited for, in seconds.
+COMMAND_TIMEOUT = 1.0
 #: How long a scan waits before it looks for what is new, in seconds.
 ROUND_PAUSE = 0.005
 
@@ -87,8 +89,8 @@ def read_stat(pid: int) -> Stat:
     """
     with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
         text = os.fsdecode(file.read())
-    # 4242 (qemu-system-x86) S 1 4242 4242 0 -1 4194560 9012 0 0 0 12 5 0 0 20 0 3 0
-    # 81234 The name, in parentheses, may hold anything, parentheses too.
+    # For example: 4242 (qemu-system-x86) S 1 4242 4242 0 -1 4194560 9012 0 0 0 12 5 ...
+    # The name in parentheses may itself hold any, so the last ")" ends it.
     head, _, tail = text.rpartition(")")
     fields = tail.split()
     state, parent, flags = fields[0], int(fields[1]), int(fields[6])
@@ -166,6 +168,21 @@ def read_command(pid: int) -> bytes:
     return _read_memory(pid, "cmdline") or b""
 
 
+def read_command_in_time(pid: int) -> bytes:
+    """Return the same, or nothing where the process does not answer."""
+    words: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            words.append(read_command(pid))
+
+    with contextlib.suppress(RuntimeError):  # No thread can be started.
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        thread.join(COMMAND_TIMEOUT)
+    return words[0] if words else b""
+
+
 def hides_others() -> bool:
     """Tell whether /proc hides processes of other users from this process.
 
@@ -224,16 +241,16 @@ class Scan:
         self, since: int, timeout: float, visit: Callable[[Process], None]
     ) -> None:
         self.denied: list[Process] = []  # those whose environment may not be read
-        self.hides_others = False  # see the function of this name
-        self.is_in_user_namespace = False  # see the function of this name
+        self.hides_others = False  # whether /proc hides processes of other users
+        self.is_in_user_namespace = False  # whether some cannot be read here
         # The result, when wait() has returned.
         self.is_complete = False  # whether no process can have been missed
         self.hanging: Stat | None = None  # the process that was not read in time
         self.problem: OSError | None = None  # why none can be seen
         self._since = since
         self._timeout = timeout
-        # The thread starts to read nothing more after half of the time. If it is still
-        # there at the end of the time, it is stuck in a read.
+        # In the second half of the time no new read is begun. A thread that is still
+        # there at the end is stuck in one.
         self._deadline = time.monotonic() + min(SETTLE_TIMEOUT, timeout / 2)
         self._visit = visit
         self._has_seen_all = False
@@ -253,7 +270,7 @@ class Scan:
         if not self.is_running:
             self.is_complete = self._has_seen_all
         else:
-            # What the thread does from now on makes the scan not complete any more.
+            # Whatever the thread does from now on, the scan stays incomplete.
             self.hanging = self._at
         if self._failure:
             raise self._failure
@@ -307,7 +324,7 @@ class Scan:
             PermissionError, FileNotFoundError, ProcessLookupError
         ):
             return read_stat(pid).started == started
-        return True  # It is hidden, or will be seen to have ended.
+        return True  # It is hidden, or gone: then the next listing shows that.
 
     def _look_at(self, pid: int) -> None:
         """Read a process, and be done with it unless it is in the middle of an exec."""

@@ -146,7 +146,7 @@ def _show_in_results(job: Any, text: str, headline: str) -> None:
 
 
 def _show_in_tap(job: Job, state: dict[str, Any]) -> None:
-    """Have Avocado's own plugin for TAP write, which else does so at events only.
+    """Have Avocado's TAP plugin write the error: there is no event for it.
 
     It is a new object: if the program runs the job again, that of the job would write
     into files that are closed.

@@ -1,6 +1,6 @@
 """``avocado vt-joblock show``: who holds the lock, and who waits.
 
-It makes no file, takes no lock, and removes nothing.
+It changes nothing in the lock directory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a job tells its user and its log.
 
-Avocado keeps everything out of its logs that comes from a module of the name
-"messages".
+This is no part of ``messages``: Avocado drops every log record that comes from a module
+of that name.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def acquire(lock: JobLock, timeout: float) -> list[LockFile]:
             try:
                 stale = _attempt(lock, waits=True)
             except (LockInTheWayError, DirectoryError) as error:
-                wait.pause(error)
+                wait.pause_or_raise(error)
             else:
                 wait.tell_obtained()
                 return stale
@@ -53,7 +53,7 @@ def acquire(lock: JobLock, timeout: float) -> list[LockFile]:
 
 
 def _attempt(lock: JobLock, *, waits: bool) -> list[LockFile]:
-    """Try to take the lock; what is removed though that fails is told at once."""
+    """Try to take the lock; tell of stale locks that a failed attempt has removed."""
     try:
         return lock.acquire(waits=waits)
     except LockInTheWayError as error:
@@ -75,7 +75,7 @@ class _Wait:
         self._told_at = self._started
         self._has_waited = False
 
-    def pause(self, error: LockInTheWayError | DirectoryError) -> None:
+    def pause_or_raise(self, error: LockInTheWayError | DirectoryError) -> None:
         """Wait until the next attempt, or give up.
 
         :param error: what has stopped the last attempt; it is raised to give up

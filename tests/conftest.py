@@ -19,6 +19,11 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Have tests that run alone come last: before, all others would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
 @pytest.fixture(autouse=True)
 def turn(request, tmp_path_factory):
     """Have tests that disturb every look at the processes of the host run alone.

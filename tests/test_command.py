@@ -347,6 +347,27 @@ def test_parent_that_ignores_the_end_of_its_children(sandbox):
     assert locks_and_cards(sandbox) == {}
 
 
+#: A thread that blocks no signals, as a plugin may have one, or a look at processes
+#: that is about to end. The command has ended before it is waited for.
+THREAD_TAKES_SIGNALS = """
+import os, threading, time
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+spawn = os.posix_spawnp
+def spawned(*words, **options):
+    pid = spawn(*words, **options)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    time.sleep(0.2)
+    return pid
+os.posix_spawnp = spawned
+"""
+
+
+def test_end_of_the_command_that_only_another_thread_is_told_of(sandbox):
+    sandbox.first(THREAD_TAKES_SIGNALS)
+    ended(run(sandbox, "sh", "-c", "exit 3"), 3)
+    assert locks_and_cards(sandbox) == {}
+
+
 #: As it is for a command that is root's: by sudo, for example.
 REFUSES_SIGTERM = """
 import os, signal

@@ -43,7 +43,6 @@ from avocado_vt_joblock import ending, helpers, leftovers, lock, lockdir, marks,
 from avocado_vt_joblock.leftovers import Leftovers, Obstacle
 from avocado_vt_joblock.marks import VARIABLE
 
-pytestmark = pytest.mark.alone
 JOB_ID = job_id(0xDEAD)
 NAME = lock_path(Path(), 0xDEAD).name
 OTHER = lock_path(Path(), 1).name
@@ -403,6 +402,7 @@ if os.path.exists(sys.argv[1]):
     os.execv(sys.executable, [*words, "again"])"""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("script", [FORKS, EXECS], ids=["forks", "execs"])
 def test_other_process_at_each_look(
     directory, path, rounds, start, tmp_path, monkeypatch, script
@@ -509,6 +509,7 @@ def test_look_goes_back_to_the_oldest_of_several_jobs(directory, path, start):
     assert told.pids == {guest.pid}
 
 
+@pytest.mark.alone
 def test_busy_host(directory, start):
     for _ in range(24):
         start(command=["sh", "-c", "while :; do /bin/true; done"])
@@ -658,6 +659,7 @@ def storage(tmp_path, start):
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
+@pytest.mark.alone
 @needs_root
 def test_process_that_hangs(directory, path, start, monkeypatch, storage):
     """What was found before is enough to tell. As long as it hangs one look waits for
@@ -758,6 +760,7 @@ lock.JobLock(*sys.argv[1:]).acquire()
 """
 
 
+@pytest.mark.alone
 @needs_root
 def test_slow_look_does_not_hold_the_guard(
     directory, path, start, storage, monkeypatch
@@ -794,6 +797,7 @@ def find_leftovers_and_die(job):
     return found
 
 
+@pytest.mark.alone
 @needs_root
 def test_only_what_is_younger_than_the_job_can_hide_something(
     directory, start, storage, monkeypatch
