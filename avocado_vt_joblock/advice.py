@@ -19,7 +19,7 @@ PROCESS_LIMIT = 20
 
 _DO_NOT_REMOVE = "Do not remove the file: two jobs at once destroy each other's images."
 _OWN_DIRECTORY = f"""If this job shares no guest images with that one, give it a lock
-directory of its own: {DIR}."""
+directory of its own: --vt-joblock-dir DIR, or {DIR}."""
 _REASONS = {
     Flaw.SYSTEM: "{}",
     Flaw.NO_PID: "there is no PID in it",
@@ -94,7 +94,7 @@ def how_to_wait(*, has_waited: bool) -> str:
     """Say how a job waits, or waits longer."""
     longer = " longer" if has_waited else ""
     return f"""
-To have this one wait{longer}: avocado run --vt-joblock-timeout 2h ...
+To have this one wait{longer}, start it with --vt-joblock-timeout 2h.
 To see what runs and who waits: avocado vt-joblock show"""
 
 
@@ -103,11 +103,12 @@ def guests_of_others(file: LockFile) -> str:
     name = owner(file)
     quoted = shlex.quote(name)
     return f"""A guest of {name} may still run: a job of {name} has ended,
-and only {name} and root can see its guests.
+and only {name} and root can see what it has left.
 If you use the same images, stop this job now (Ctrl-C).
-{name} or root looks for guests:
+{name} or root looks for it:
+    avocado vt-joblock show
     pgrep -u {quoted} -af qemu
-When there is none, the next job of {name} or of root removes the lock file:
+When there is nothing, the next job of {name} or of root removes the lock file:
     {file.path}"""
 
 
@@ -148,14 +149,15 @@ Wait some minutes. To look again:
         uid = left.uid
     fds = " ".join(f"/proc/{pid}/fd" for pid in pids)
     return f"""No test is among them that could end a guest and restore images.
-If that still runs after one minute, {_who_may_act(uid, processes)} must act:
+Wait for what is at work, such as rsync or qemu-img.
+If a guest still runs after one minute, {_who_may_act(uid, processes)} must act:
  1. See which images they use:
     ls -l {fds}
  2. End them:
     kill {" ".join(pids)}
  3. Check each of these images:
     qemu-img check IMAGE
-What shall not count, an agent for example, is started by:
+Next time start what shall not count, an agent for example, by:
     env -u {VARIABLE} COMMAND"""
 
 

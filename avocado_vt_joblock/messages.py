@@ -24,8 +24,13 @@ FAILURE = "Failure trying to set Avocado-VT job lock: "
 TEST_ID = "vt-joblock (the job lock, none of your tests)"
 
 # The command ``avocado vt-joblock``.
-FREE = "The lock is free: a job with VT tests can start."
-NOT_FREE = "The lock is not free: a job with VT tests cannot start."
+VERDICTS = {
+    "free": "The lock is free: a job with VT tests can start.",
+    "refused": "The lock is not free: a job with VT tests cannot start.",
+    "stopped": "Something is wrong: a job with VT tests cannot start.",
+}
+SWITCHED_OFF = """The lock is switched off by [plugins] disable: no job takes it,
+whatever is shown here."""
 NO_COMMAND = """There is no command to run:
     avocado vt-joblock run -- COMMAND ARGUMENT..."""
 
@@ -127,10 +132,11 @@ def _of_directory(error: DirectoryError, directory: object) -> str:
 and some sandboxes such as gVisor lack them."""
     path = os.path.expanduser(str(directory))
     meant = "" if path == directory else f" ({path})"
-    return f"""the lock directory {_trouble(error)}:
-    {DIR} = {directory!r}{meant}
-Correct that, or set another one.
-{_where_to_set("dir")}"""
+    text = f"""the lock directory {_trouble(error)}:
+    {DIR} = {directory!r}{meant}"""
+    if error.use is Use.OPEN and isinstance(error.error, FileNotFoundError):
+        text += f"\nMake it: mkdir -p {shlex.quote(path)}"
+    return f"{text}\nOr correct the setting.\n{_where_to_set('dir')}"
 
 
 def _trouble(error: DirectoryError) -> str:
@@ -294,9 +300,14 @@ def _still_run(left: Leftovers, of_job: str) -> str:
 # The command avocado vt-joblock.
 
 
-def overview(directory: str, tickets: list[Ticket], *, is_free: bool) -> str:
-    """Say of a lock directory whether the lock is free, and who waits for it."""
-    lines = [f"Lock directory: {directory}", FREE if is_free else NOT_FREE]
+def overview(directory: str, verdict: str, tickets: list[Ticket]) -> str:
+    """Say of a lock directory whether the lock is free, and who waits for it.
+
+    :param directory: its path
+    :param verdict: what becomes of a job, a key of ``VERDICTS``
+    :param tickets: of the jobs that wait
+    """
+    lines = [f"Lock directory: {directory}", VERDICTS[verdict]]
     for ticket in tickets:
         where = ticket.card.identity
         host = f" on {tamed(where.host)}" if ticket.card.is_of_another_host else ""

@@ -66,6 +66,8 @@ def show(config: dict[str, Any], json_file: str | None) -> int:
     :return: the exit code: 0 if a job would get the lock, 2 if not
     """
     survey = _survey(config)
+    if "job.prepost.vt-joblock" in config.get("plugins.disable", []):
+        telling.tell(messages.SWITCHED_OFF)
     if json_file == "-":
         _print(json.dumps(_as_json(survey), indent=4))
     else:
@@ -119,8 +121,7 @@ def _processes_of_living(files: list[LockFile]) -> dict[str, list[JobProcess]]:
 
 
 def _show_text(survey: Survey) -> None:
-    is_free = survey.verdict == "free"
-    _print(messages.overview(survey.directory, survey.waiting, is_free=is_free))
+    _print(messages.overview(survey.directory, survey.verdict, survey.waiting))
     if survey.problem:
         _print(survey.problem)
     for file in survey.files:

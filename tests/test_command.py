@@ -250,7 +250,7 @@ def test_command_is_refused_beside_a_job_and_a_job_beside_it(sandbox, holder):
     assert "another job holds the lock." in text
     assert f"PID:    {job.pid} " in text
     waiting = run(
-        sandbox, "--vt-joblock-timeout", "1h", "sh", "-c", "echo ran; sleep 99"
+        sandbox, "--vt-joblock-timeout", "1h", "sh", "-c", "echo ran; exec sleep 99"
     )
     line = waiting.stdout.readline()
     while "Waiting until" not in line:
@@ -263,7 +263,9 @@ def test_command_is_refused_beside_a_job_and_a_job_beside_it(sandbox, holder):
     text = assert_refused(sandbox.run(other), other)
     # It names the command.
     assert f"PID:    {waiting.pid}  " in text
-    assert "vt-joblock run --vt-joblock-timeout 1h sh -c echo ran; sleep 99" in text
+    assert (
+        "vt-joblock run --vt-joblock-timeout 1h sh -c echo ran; exec sleep 99" in text
+    )
     waiting.send_signal(signal.SIGTERM)
     assert waiting.wait(60) == 128 + signal.SIGTERM
     assert locks_and_cards(sandbox) == {}
