@@ -38,8 +38,8 @@ class VTJobLockOptions(CLI):
         run_parser = parser.subcommands.choices.get("run")
         if run_parser:
             group = run_parser.add_argument_group("job lock of VT tests")
-            _add_dir(group)
-            _add_timeout(group)
+            _add_option(group, DIR, "DIR")
+            _add_option(group, TIMEOUT, "TIME")
 
     def run(self, config: dict[str, Any]) -> None:
         """Do nothing: the plugin for jobs reads the settings."""
@@ -70,15 +70,15 @@ class VTJobLockCommand(CLICmd):
             action=FileOrStdoutAction,
             help="Write the same as JSON to a file; - for standard output",
         )
-        _add_dir(show)
+        _add_option(show, DIR, "DIR")
         run = subcommands.add_parser(
             "run",
             help="Hold the lock while a command runs",
             description=_RUN_HELP,
             usage="avocado vt-joblock run [OPTION...] [--] COMMAND [ARGUMENT...]",
         )
-        _add_dir(run)
-        _add_timeout(run)
+        _add_option(run, DIR, "DIR")
+        _add_option(run, TIMEOUT, "TIME")
         run.add_argument(
             "vt_joblock_command",
             metavar="COMMAND",
@@ -102,21 +102,12 @@ class VTJobLockCommand(CLICmd):
         return holding.run(config[DIR], config[TIMEOUT], command)
 
 
-def _add_dir(parser: Any) -> None:
+def _add_option(parser: Any, namespace: str, metavar: str) -> None:
+    key = namespace.rpartition(".")[2]
     settings.add_argparser_to_option(
-        namespace=DIR,
+        namespace=namespace,
         parser=parser,
-        long_arg="--vt-joblock-dir",
-        metavar="DIR",
-        allow_multiple=True,
-    )
-
-
-def _add_timeout(parser: Any) -> None:
-    settings.add_argparser_to_option(
-        namespace=TIMEOUT,
-        parser=parser,
-        long_arg="--vt-joblock-timeout",
-        metavar="TIME",
+        long_arg=f"--vt-joblock-{key}",
+        metavar=metavar,
         allow_multiple=True,
     )

@@ -1,12 +1,12 @@
 """The lock: a file in a directory, held by one job at a time.
 
-It promises, and the earlier wins over the later: exclusion, failing closed, progress,
-attempts that are bounded, and no litter. ``docs/promises.rst`` says what that means.
+It promises, in this order of priority: exclusion, to fail closed, progress, attempts
+that are bounded, and no litter. ``docs/promises.rst`` says what they mean.
 
-A contender first publishes a lock file of its own and only then looks at the others, so
-of two at least one sees the other: that alone keeps exclusion. The guard around both
-steps, a flock on the directory, is for progress: without it two might see each other
-and both give up. It is free again before anything that can take long.
+A contender first publishes a lock file of its own and then looks at the others. So of
+two contenders at least one sees the other: that alone keeps exclusion. The guard around
+both steps, a flock on the directory, is for progress: without it two might see each
+other and both give up. It is free again before anything that can take long.
 """
 
 from __future__ import annotations
