@@ -106,7 +106,7 @@ def own_identity() -> Identity:
     """
     # A node name can hold anything, and a card has its fields between spaces.
     host = "_".join(os.uname().nodename.split()) or "_"
-    return _identity(os.getpid(), os.stat("/proc/self/ns/pid").st_ino, host)
+    return _identity(os.getpid(), host)
 
 
 def own_start() -> int:
@@ -119,12 +119,17 @@ def own_start() -> int:
 
 # To read it anew for each card would double the cost of an attempt.
 @functools.lru_cache(maxsize=1)
-def _identity(pid: int, pid_namespace: int, host: str) -> Identity:
+def _identity(pid: int, host: str) -> Identity:
     with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
         # 1a2b3c4d-5e6f-4a1b-8c2d-3e4f5a6b7c8d
         boot = file.read(8)
+    pid_namespace = os.stat("/proc/self/ns/pid").st_ino
     started = procfs.read_stat(procfs.own_pid()).started
     return Identity(host, boot, pid_namespace, pid, started)
+
+
+# A child may be in another PID namespace, and have the same PID there.
+os.register_at_fork(after_in_child=_identity.cache_clear)
 
 
 def path_of(lock_path: str) -> str:

@@ -168,7 +168,7 @@ class JobLock:
         if self.is_held:
             with self._given_up():
                 self._check_file()
-                card.leave(self.path)
+                self._hand_over()
 
     def abandon(self) -> None:
         """Make sure that this process neither holds the lock nor waits for it.
@@ -205,8 +205,7 @@ class JobLock:
             yield
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
-                # The file stays, but this process does not keep it live.
-                card.leave(self.path)
+                self._hand_over()
             self._close()
             raise
         self._close()
@@ -249,10 +248,10 @@ class JobLock:
     def _publish(self) -> None:
         """Give the lock file its name when it is complete and has its kernel lock."""
         with reported_as(Use.WRITE):
-            # An earlier attempt of this job may have left it, in a trouble that has
-            # passed.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._unpublished)
+            if self._has_ticket:
+                # An earlier attempt may have left it, in a trouble that has passed.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._unpublished)
             # Nobody else may open it before the kernel lock is there.
             self._file = io.FileIO(self._unpublished, "x+", opener=_open_private)
         fd = self._file.fileno()
@@ -322,8 +321,7 @@ class JobLock:
         except FileNotFoundError:
             self._remove_card()
         except OSError:
-            # The file stays, but this process does not keep it live.
-            card.leave(self.path)
+            self._hand_over()
         else:
             self._remove_card()
         self._close()
@@ -350,13 +348,18 @@ class JobLock:
         if not is_own:
             raise lockdir.system_error(errno.ENOENT)
 
-    def _close(self) -> None:
-        """Give up the kernel lock and the mark; after Ctrl-C it is called again."""
-        marks.take_from_this_process(self._name)
+    def _hand_over(self) -> None:
+        """Have a file that stays be live by what the job runs, not by this process."""
+        card.leave(self.path)
         if self._file:
             with contextlib.suppress(OSError, ValueError):
                 # A process that was forked has the file open, too, maybe for long.
                 kernellock.drop(self._file.fileno())
+
+    def _close(self) -> None:
+        """Give up the kernel lock and the mark; after Ctrl-C it is called again."""
+        marks.take_from_this_process(self._name)
+        if self._file:
             with contextlib.suppress(OSError):
                 self._file.close()
         self._file = None
