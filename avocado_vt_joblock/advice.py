@@ -131,7 +131,7 @@ def to_do(left: LockFile | Leftovers, uid: int | None = None) -> str:
     """Say what to do about the processes that are left of a job.
 
     :param left: what is left
-    :param uid: the user of the job, if no lock file tells that
+    :param uid: the user of the job; not used with a lock file, which has its owner
     """
     processes = left.processes
     pids = [str(process.pid) for process in processes]
@@ -157,7 +157,7 @@ If a guest still runs after one minute, {_who_may_act(uid, processes)} must act:
     kill {" ".join(pids)}
  3. Check each of these images:
     qemu-img check IMAGE
-Next time start what shall not count, an agent for example, by:
+Next time, start what must not hold the lock, an agent for example, with:
     env -u {VARIABLE} COMMAND"""
 
 

@@ -77,7 +77,7 @@ class Card:
         return self.is_of_this_boot and is_same
 
     @property
-    def start_here(self) -> int:
+    def earliest_start(self) -> int:
         """A start time in ticks of this boot: no process of the job is older.
 
         That is when the job's own process started, by the card. The ticks of a time
@@ -213,7 +213,7 @@ def _renew(path: str) -> None:
 
 
 def _keep_times(old: str, new: str) -> None:
-    """Have a link tell when the job came, and be renewed now."""
+    """Give a new link the mtime of the old one; its ctime becomes now."""
     status = os.lstat(old)
     times = status.st_atime_ns, status.st_mtime_ns
     os.utime(new, ns=times, follow_symlinks=False)

@@ -63,7 +63,7 @@ def run(directory: object, timeout: object, command: list[str]) -> int:
     try:
         seconds = options.timeout(timeout)
         lock = JobLock(options.directory(directory), create_unique_job_id())
-        telling.tell_of_stale(waiting.acquire(lock, seconds))
+        telling.tell_of_stale(waiting.acquire(lock, seconds, "No command"))
         with _signals_blocked() as mask:
             code = _run(command, mask)
             _give_back(lock)
@@ -112,7 +112,7 @@ def _signals_blocked() -> Iterator[set[int]]:
     try:
         yield {int(number) for number in mask}
     finally:
-        # What comes after the end of the command is for nobody.
+        # A signal that comes after the end of the command is dropped.
         while signal.sigtimedwait(blocked, 0):
             pass
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -123,10 +123,14 @@ def _give_back(lock: JobLock) -> None:
 
     Ctrl-C cuts the wait for what is left short. Other signals do not.
     """
+    # One that came before is not for this.
+    signal.sigtimedwait({signal.SIGINT}, 0)
     with contextlib.suppress(KeyboardInterrupt):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        ending.give_back(lock, looks=True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            ending.give_back(lock, looks=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _run(command: list[str], mask: set[int]) -> int:

@@ -20,7 +20,7 @@ LOOK_TIMEOUT = 5.0
 
 @dataclass(frozen=True)
 class Trace:
-    """By what the processes of a job are known."""
+    """What the processes of a job are recognized by."""
 
     lock_name: str  # in their mark
     job_id: str  # in the command line of its tests
@@ -57,7 +57,7 @@ class Obstacle(enum.Enum):
     """What keeps processes of a job out of sight."""
 
     NO_PROC = enum.auto()  # /proc cannot be read: none is seen
-    NO_THREAD = enum.auto()  # no thread can be started to look
+    NO_THREAD = enum.auto()  # no thread can be started for the look
     HANGING = enum.auto()  # a process does not answer: others are not looked at
     HIDDEN = enum.auto()  # /proc is mounted with hidepid
     DENIED = enum.auto()  # one that may be a guest may not be read

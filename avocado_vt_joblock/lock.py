@@ -216,7 +216,7 @@ class JobLock:
         But if a lock is stale the attempt is made, and removes it. Perhaps only this
         job can tell that: the jobs before it may be of another host or user.
 
-        :param guard: is free while this job looks at processes
+        :param guard: the guard, which is freed while this job looks at processes
         :raises LockInTheWayError: when the job waits on
         """
         names = self._directory.names()
@@ -229,7 +229,7 @@ class JobLock:
         in_the_way = [file for file in files if file.state.is_in_the_way]
         if in_the_way:
             raise LockInTheWayError(_first_to_tell(in_the_way), jobs_before)
-        if not any(_is_to_be_removed(file) for file in files):
+        if not any(_can_remove(file) for file in files):
             raise LockInTheWayError(None, jobs_before)
         lockdir.take_guard(guard)
 
@@ -278,7 +278,7 @@ class JobLock:
         gave up because of the others, none would get the lock. So the one whose file
         comes first by name waits until the others have given up.
 
-        :param guard: is free while this job waits
+        :param guard: the guard, which is freed while this job waits
         :raises LockInTheWayError: when a lock is in the way
         """
         deadline = time.monotonic() + RIVAL_TIMEOUT
@@ -319,14 +319,14 @@ class JobLock:
         try:
             os.unlink(self.path)
         except FileNotFoundError:
-            self._remove_card()
+            self._remove_or_renew_card()
         except OSError:
             self._hand_over()
         else:
-            self._remove_card()
+            self._remove_or_renew_card()
         self._close()
 
-    def _remove_card(self) -> None:
+    def _remove_or_renew_card(self) -> None:
         if self._has_ticket:
             card.make(self.path)
         else:
@@ -371,14 +371,20 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def _first_to_tell(files: list[LockFile]) -> LockFile:
-    """Return the lock that a user is to be told of."""
+    """Return the lock of which a user is told first."""
     return min(files, key=lambda file: file.state)
 
 
 def _is_to_be_removed(file: LockFile) -> bool:
-    # Whether a guest of it runs, only its owner and root see: they remove it.
+    # Only its owner and root can see whether a guest of it runs, so they remove it.
     is_for_others = file.reason is Obstacle.GUESTS_OF_OTHERS
     return file.state is State.STALE and not is_for_others
+
+
+def _can_remove(file: LockFile) -> bool:
+    # By inode(7) another user cannot, where the directory has the sticky bit.
+    is_own = os.geteuid() in (0, file.uid)
+    return _is_to_be_removed(file) and is_own
 
 
 def _remove(stale: list[LockFile]) -> None:

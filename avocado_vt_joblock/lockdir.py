@@ -86,7 +86,8 @@ class LockDirectory:
     def guard(self) -> Iterator[int]:
         """Keep other contenders of this host out, if that can be had in time.
 
-        :return: its descriptor, for free_guard() and take_guard()
+        Yields its descriptor, for free_guard() and take_guard().
+
         :raises DirectoryError: when the directory cannot be opened
         """
         with reported_as(Use.OPEN):

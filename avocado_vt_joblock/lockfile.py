@@ -43,7 +43,7 @@ class State(enum.IntEnum):
     OUTER = 1  # its job has started the new job: that is refused at once
     UNKNOWN = 2  # nobody can tell: the new job is stopped
     LIVE = 3  # something of its job still runs: the new job is refused, or waits
-    NOT_NOW = 4  # nobody can tell for now: the same as if it was live
+    NOT_NOW = 4  # nobody can tell for now: treated like LIVE
     ENDED = 5  # no verdict yet: the job has ended, and what is left of it decides
     STALE = 6  # nothing of its job is seen to run: it is no obstacle
 
@@ -112,8 +112,8 @@ class LockFile:
 
     @property
     def trace(self) -> leftovers.Trace:
-        """By what the processes of its job are known."""
-        since = self.own_card.start_here if self.own_card else 0
+        """What the processes of its job are recognized by."""
+        since = self.own_card.earliest_start if self.own_card else 0
         return leftovers.Trace(self.name, self.job_id, self.uid, since)
 
     def command(self) -> str:

@@ -199,9 +199,9 @@ def obtained(waited: float) -> str:
     return f"Obtained the lock after {duration(waited)}."
 
 
-def stopped_waiting(waited: float) -> str:
-    """Say that the wait of a job was stopped from outside."""
-    return f"Stopped waiting for the lock after {duration(waited)}. No test has run."
+def stopped_waiting(waited: float, what: str) -> str:
+    """Say that a wait was stopped from outside, and what has not run."""
+    return f"Stopped waiting for the lock after {duration(waited)}. {what} has run."
 
 
 def on_terminal(waited: float, limit: float, jobs_before: int) -> str:

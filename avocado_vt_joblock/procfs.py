@@ -26,7 +26,7 @@ ROUND_PAUSE = 0.005
 EXEC_LOOKS = 3
 #: How far the first and the last of these looks are apart, in seconds.
 EXEC_TIME = 0.005
-#: The same for a process without a command line, too: it may hang in its exec.
+#: The same for a process that shows no command line either: it may be stuck in exec(2).
 BLANK_TIME = 0.5
 
 #: PF_KTHREAD of the kernel's include/linux/sched.h, a flag in /proc/PID/stat.
@@ -169,7 +169,7 @@ def read_command(pid: int) -> bytes:
 
 
 def read_command_in_time(pid: int) -> bytes:
-    """Return the same, or nothing where the process does not answer."""
+    """Return the command line of a process, or nothing if it takes too long."""
     words: list[bytes] = []
 
     def read() -> None:

@@ -23,11 +23,12 @@ TROUBLE_TIMEOUT = 60.0
 _CLEAR_LINE = "\r\x1b[K"
 
 
-def acquire(lock: JobLock, timeout: float) -> list[LockFile]:
+def acquire(lock: JobLock, timeout: float, what: str = "No test") -> list[LockFile]:
     """Take the lock, and wait for it as long as that is of use.
 
     :param lock: the lock of this job
     :param timeout: how long to wait, in seconds; infinity without limit
+    :param what: what has run if the wait is stopped
     :return: the stale locks that were there
     :raises LockInTheWayError: when another job is in the way
     :raises DirectoryError: when the system refuses a use of the directory
@@ -45,7 +46,7 @@ def acquire(lock: JobLock, timeout: float) -> list[LockFile]:
                 wait.tell_obtained()
                 return stale
     except (KeyboardInterrupt, SystemExit):
-        wait.tell_stopped()
+        wait.tell_stopped(what)
         raise
     finally:
         if not lock.is_held:
@@ -102,10 +103,10 @@ class _Wait:
         if self._has_waited:
             telling.tell(messages.obtained(time.monotonic() - self._started))
 
-    def tell_stopped(self) -> None:
-        """Tell the user that the wait was stopped from outside."""
+    def tell_stopped(self, what: str) -> None:
+        """Tell the user that the wait was stopped from outside, and what has run."""
         self._clear_terminal()
-        text = messages.stopped_waiting(time.monotonic() - self._started)
+        text = messages.stopped_waiting(time.monotonic() - self._started, what)
         telling.tell(text, loggers=(telling.USER_LOG,))
 
     def _may_pass(self, error: LockInTheWayError | DirectoryError) -> bool:

@@ -115,10 +115,10 @@ def compare(directories):
 def look(directory):
     """Print what it costs to judge a killed job beside many older processes."""
     others = [subprocess.Popen(SLEEP) for _ in range(MORE)]
-    lock = JobLock(directory, "0" * 40)
-    lock.acquire()
-    path, text = Path(lock.path), os.readlink(card.path_of(lock.path))
-    lock.release()
+    killed, lock = (JobLock(directory, digit * 40) for digit in "01")
+    killed.acquire()
+    path, text = Path(killed.path), os.readlink(card.path_of(killed.path))
+    killed.release()
     # As of a process that started just now, and has ended.
     job = subprocess.Popen(SLEEP)
     started = procfs.read_stat(job.pid).started
@@ -128,9 +128,9 @@ def look(directory):
     ratios = []
     for _ in range(LOOKS):
         path.write_text(f"{job.pid}\n\n")
-        os.symlink(f"{' '.join(place)} {job.pid} {started}", card.path_of(lock.path))
+        os.symlink(f"{' '.join(place)} {job.pid} {started}", card.path_of(killed.path))
         began = time.perf_counter()
-        lock.acquire()
+        assert lock.acquire(), "the stale lock was not seen"
         took = time.perf_counter() - began
         lock.release()
         began = time.perf_counter()

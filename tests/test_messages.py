@@ -119,7 +119,7 @@ TEXTS = {
     "stale": advice.on_showing(lock_file(State.STALE), []),
     "shown": advice.on_showing(IN_THE_WAY["held"], TEST),
     "on terminal": messages.on_terminal(83.0, 3600.0, 2),
-    "stopped": messages.stopped_waiting(83.0),
+    "stopped": messages.stopped_waiting(83.0, "No test"),
     "reminder": messages.still_waiting(300.0, 3600.0),
     "no command": messages.NO_COMMAND,
     "option": messages.option_of_avocado("--config"),
