@@ -131,7 +131,7 @@ def to_do(left: LockFile | Leftovers, uid: int | None = None) -> str:
     """Say what to do about the processes that are left of a job.
 
     :param left: what is left
-    :param uid: the user of the job; not used with a lock file, which has its owner
+    :param uid: the user of the job; ignored with a lock file: its owner is used
     """
     processes = left.processes
     pids = [str(process.pid) for process in processes]
@@ -162,7 +162,7 @@ Next time, start what must not hold the lock, an agent for example, with:
 
 
 def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
-    """Say whose jobs do not run: everybody sees a test, but few see a guest.
+    """Say whose jobs do not run: a test stops all, a guest its user's and root's.
 
     :param processes: what is left of a job
     :param uid: the user of that job

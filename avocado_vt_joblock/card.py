@@ -10,8 +10,8 @@ Anybody can make a card or a lock file, and so stop a job. But a card shows that
 is stale only if both have the same owner.
 
 A job that waits has a card without a lock file. That is its ticket. The link's mtime is
-when the job came, and stays so. The job renews its ticket at each attempt: the link's
-ctime shows that it lives.
+when the job began to wait, and never changes. The job renews its ticket at each
+attempt: the link's ctime shows that it lives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from avocado_vt_joblock import procfs
 CLOCK_SLACK = 10.0
 
 #: Host, boot, PID namespace, PID, start time. A minus before the start time says that
-#: the job has left its lock file: "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
+#: the job has ended and its lock file stays for what it started,
+#: as in "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
 _TEXT = re.compile(
     r"(?P<host>\S{1,255}) (?P<boot>\S{8}) (?P<pid_namespace>[0-9]{1,20})"
     r" (?P<pid>[0-9]{1,10}) (?P<has_left>-?)(?P<started>[0-9]{0,20})",
@@ -199,7 +200,7 @@ def leave(lock_path: str) -> None:
     # The new card takes the place of the old one at once. A lock without a card would
     # look stale on another host.
     with contextlib.suppress(OSError):
-        # It is there already if this was interrupted before.
+        # It is there already if an earlier call was interrupted.
         with contextlib.suppress(FileExistsError):
             os.symlink(_text(has_left=True), f"{path}.new")
         with contextlib.suppress(OSError):

@@ -47,7 +47,7 @@ class JobProcess:
             return False
         if trace.lock_name in self.marks:
             return True
-        # A user can give two jobs the same id. So a test with a mark is judged by that.
+        # A user can give two jobs the same id, so it counts only without a mark.
         if self.test_of == trace.job_id and not self.marks:
             return True
         return self.is_blank and self.uid == trace.uid
@@ -109,8 +109,8 @@ class Look:
         """Look at what is left of jobs.
 
         If an earlier look hangs, return it again: a new one would hang at the same
-        process. Otherwise a job that waits would leave one more thread behind at each
-        attempt.
+        process. Without this, a job that waits would leave one more thread behind at
+        each attempt.
 
         :param since: a start time in ticks; what has started before is not looked at
         :param timeout: how long it may take, in seconds
@@ -124,7 +124,7 @@ class Look:
         return look
 
     def still_hangs_at(self, since: int) -> bool:
-        """Tell whether it hangs at a process that has not started before a time."""
+        """Tell whether a new look would hang at the same process, too."""
         if not self._scan or not self._scan.is_running or not self._scan.hanging:
             return False
         return since <= self._scan.hanging.started

@@ -6,7 +6,7 @@ that are bounded, and no litter. ``docs/promises.rst`` says what they mean.
 A contender first publishes a lock file of its own and then looks at the others. So of
 two contenders at least one sees the other: that alone keeps exclusion. The guard around
 both steps, a flock on the directory, is for progress: without it two might see each
-other and both give up. It is free again before anything that can take long.
+other and both give up. It is freed before any step that can take long.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from avocado_vt_joblock.leftovers import LOOK_TIMEOUT, Leftovers, Obstacle
 from avocado_vt_joblock.lockdir import DirectoryError, LockDirectory, Use, reported_as
 from avocado_vt_joblock.lockfile import LockFile, State
 
-#: How long to look again for jobs of other hosts that give way, in seconds.
+#: Jobs of several hosts have started together: how long the first of them waits for the
+#: others to give up, in seconds.
 RIVAL_TIMEOUT = 1.5
 #: Two jobs whose cards are less than so many seconds apart have started together.
 RIVAL_DISTANCE = 2.0
@@ -44,7 +45,7 @@ class LockInTheWayError(Exception):
     """The lock could not be taken because of another job.
 
     :param file: the lock in the way; None where the job only has to wait for its turn
-    :param jobs_before: how many jobs wait that came before
+    :param jobs_before: how many earlier jobs are waiting
     :param stale: the stale locks that were there; see :meth:`JobLock.acquire`
     """
 
@@ -213,8 +214,8 @@ class JobLock:
     def _give_way(self, guard: int) -> None:
         """Make no attempt if jobs wait that came before this one.
 
-        But if a lock is stale the attempt is made, and removes it. Perhaps only this
-        job can tell that: the jobs before it may be of another host or user.
+        But if a lock is stale the attempt is made, and removes it. The jobs before it
+        may be of another host or user, unable to tell that, and would wait for ever.
 
         :param guard: the guard, which is freed while this job looks at processes
         :raises LockInTheWayError: when the job waits on
@@ -249,7 +250,7 @@ class JobLock:
         """Give the lock file its name when it is complete and has its kernel lock."""
         with reported_as(Use.WRITE):
             if self._has_ticket:
-                # An earlier attempt may have left it, in a trouble that has passed.
+                # An earlier attempt may have failed to remove it.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._unpublished)
             # Nobody else may open it before the kernel lock is there.
@@ -258,7 +259,7 @@ class JobLock:
         with reported_as(Use.LOCK):
             kernellock.take(fd)
         with contextlib.suppress(OSError):
-            # systemd-tmpfiles spares a file of which it gets no shared flock. Never use
+            # systemd-tmpfiles deletes no file of which it gets no flock. Never use
             # LOCK_SH or LOCK_UN: on NFS both lose the kernel lock.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with reported_as(Use.WRITE):
@@ -321,6 +322,7 @@ class JobLock:
         except FileNotFoundError:
             self._remove_or_renew_card()
         except OSError:
+            # The file stays. It must not seem live for as long as this process runs.
             self._hand_over()
         else:
             self._remove_or_renew_card()
@@ -349,7 +351,7 @@ class JobLock:
             raise lockdir.system_error(errno.ENOENT)
 
     def _hand_over(self) -> None:
-        """Have a file that stays be live by what the job runs, not by this process."""
+        """Make the file live only while something that the job started still runs."""
         card.leave(self.path)
         if self._file:
             with contextlib.suppress(OSError, ValueError):
@@ -376,7 +378,7 @@ def _first_to_tell(files: list[LockFile]) -> LockFile:
 
 
 def _is_to_be_removed(file: LockFile) -> bool:
-    # Only its owner and root can see whether a guest of it runs, so they remove it.
+    # Only its owner and root see whether a guest of its job runs, so they remove it.
     is_for_others = file.reason is Obstacle.GUESTS_OF_OTHERS
     return file.state is State.STALE and not is_for_others
 

@@ -26,7 +26,8 @@ ROUND_PAUSE = 0.005
 EXEC_LOOKS = 3
 #: How far the first and the last of these looks are apart, in seconds.
 EXEC_TIME = 0.005
-#: The same for a process that shows no command line either: it may be stuck in exec(2).
+#: Used instead of EXEC_TIME where the command line is empty, too: such a process may be
+#: stuck in exec(2).
 BLANK_TIME = 0.5
 
 #: PF_KTHREAD of the kernel's include/linux/sched.h, a flag in /proc/PID/stat.
@@ -55,7 +56,7 @@ class Process:
     """A process, by all that can be read of it."""
 
     stat: Stat
-    uid: int  # the effective user id; 0 where the process is not dumpable
+    uid: int  # the effective user id; 0 where it is not dumpable, see proc(5)
     command: bytes  # the words of its command line, each with a NUL at its end
     environ: bytes | None  # the same of its environment; None where that is denied
 
@@ -304,7 +305,8 @@ class Scan:
             try:
                 self._look_at(pid)
             except (FileNotFoundError, ProcessLookupError):
-                # It may have started another one, which only the next round shows.
+                # It may have started a child after /proc was listed: only another
+                # round shows that.
                 some_ended = True
             except PermissionError:
                 self._note_hidden(pid)
@@ -324,7 +326,7 @@ class Scan:
             PermissionError, FileNotFoundError, ProcessLookupError
         ):
             return read_stat(pid).started == started
-        return True  # It is hidden, or gone: then the next listing shows that.
+        return True  # Hidden: no more is known. Gone: the next listing lacks it.
 
     def _look_at(self, pid: int) -> None:
         """Read a process, and be done with it unless it is in the middle of an exec."""

@@ -55,7 +55,7 @@ def rearm(job: Job) -> None:
 
 
 def forget(job: Job) -> None:
-    """Undo what an earlier run of a job that was stopped has changed in it."""
+    """If an earlier run of this job was stopped, undo what that changed in it."""
     rearm(job)
     results = vars(job).pop(_RESULTS, None)
     if results:
@@ -66,7 +66,7 @@ def forget(job: Job) -> None:
 def stop(job: Job, error: BaseException, directory: object) -> BaseException:
     """Tell why a job is stopped, and have its results show that.
 
-    Whatever of that fails, the job is stopped.
+    The job is stopped even if some of that fails.
 
     :param job: the job; a program may have changed it in any way
     :param error: what stops it
@@ -78,7 +78,7 @@ def stop(job: Job, error: BaseException, directory: object) -> BaseException:
     text = f"{type(error).__name__}: {error}"
     with contextlib.suppress(Exception):
         text = messages.refusal(error, directory, job.logfile)
-    # Only what nobody has thought of is told with a traceback: it looks like a crash.
+    # A traceback looks like a crash, so only an unforeseen error is told with one.
     unforeseen = None if messages.is_foreseen(error) else error
     telling.tell(text, logging.ERROR, loggers=(telling.JOB_LOG,), error=unforeseen)
     with contextlib.suppress(Exception):
@@ -96,7 +96,7 @@ def _exception_of_avocado(job: Job, text: str) -> BaseException:
         from avocado.core import extension_manager
         from avocado.core.exceptions import JobError
 
-        # From 105.0 on Avocado lets these out of a plugin.
+        # From 105.0 on this error of a plugin stops the job; before, it is lost.
         if hasattr(extension_manager, "JobBaseException"):
             return JobError(text)
     telling.tell(text, logging.ERROR, loggers=(telling.USER_LOG,))
@@ -140,7 +140,7 @@ def _show_in_results(job: Any, text: str, headline: str) -> None:
     vars(job)[_RESULTS] = (job.status, shown)
     result.tests_total = 1
     result.check_test(state)
-    # Of a job whose status is ERROR there would be no report in HTML.
+    # Avocado writes no HTML report for a job whose status is ERROR.
     job.status = "INTERRUPTED"
     _show_in_tap(job, state)
 
