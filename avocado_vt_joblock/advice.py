@@ -66,7 +66,7 @@ def on_waiting(file: LockFile) -> str:
         what = "a job has ended, but processes of it still run."
         stopped = who_is_stopped(file.processes, file.uid)
         text = f"{what}{_facts(file)}{listed(file)}\n{stopped}"
-        return f"{text}\n{to_do(file)}"
+        return f"{text}\n{to_do(file, file.uid)}"
     if file.state is State.NOT_NOW:
         what = f"for now nobody can tell whether a job still runs:\n{reason(file)}."
         return f"{what}{_facts(file)}"
@@ -127,11 +127,11 @@ def listed(left: LockFile | Leftovers) -> str:
     return text
 
 
-def to_do(left: LockFile | Leftovers, uid: int | None = None) -> str:
+def to_do(left: LockFile | Leftovers, uid: int | None) -> str:
     """Say what to do about the processes that are left of a job.
 
     :param left: what is left
-    :param uid: the user of the job; ignored with a lock file: its owner is used
+    :param uid: the user of the job
     """
     processes = left.processes
     pids = [str(process.pid) for process in processes]
@@ -145,8 +145,6 @@ def to_do(left: LockFile | Leftovers, uid: int | None = None) -> str:
         return f"""{test} may be cleaning up and restoring images.
 Wait some minutes. To look again:
     ps -o pid,user,stat,etime,args -p {",".join(pids)}"""
-    if isinstance(left, LockFile):
-        uid = left.uid
     fds = " ".join(f"/proc/{pid}/fd" for pid in pids)
     return f"""No test is among them that could end a guest and restore images.
 Wait for what is at work, such as rsync or qemu-img.
@@ -227,7 +225,7 @@ If that host is gone for good, {_who_may_act(file.uid, [])} removes it:
 def _outer(file: LockFile) -> str:
     what = "this is the job that you are in. To wait for it would be to wait for ever."
     if file.processes:
-        return f"{what}{_facts(file)}{listed(file)}\n{to_do(file)}"
+        return f"{what}{_facts(file)}{listed(file)}\n{to_do(file, file.uid)}"
     return f"{what}{_facts(file)}\n{_OWN_DIRECTORY}"
 
 

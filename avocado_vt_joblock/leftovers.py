@@ -211,7 +211,7 @@ def job_id_in(command: bytes) -> str:
     """Return the id of the job whose test has this command line, or "".
 
     :param command: as /proc shows it, for example, with | for NUL:
-        python3|avocado-runner-avocado-vt|task-run|-i|1-boot|-j|8f0a3ed0...|-k|avocado-vt|
+        python3|avocado-runner-avocado-vt|task-run|-i|1-boot|-j|8f0a3ed0...|-k|...
     """
     _, _, options = command.partition(b"\0task-run\0")
     _, _, rest = (b"\0" + options).partition(b"\0-j\0")

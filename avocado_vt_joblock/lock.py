@@ -123,9 +123,9 @@ class JobLock:
             # From here on the published file keeps others out: the guard is not needed.
             lockdir.free_guard(guard)
             lockfile.judge_by_leftovers(others, LOOK_TIMEOUT)
-            in_the_way = [file for file in others if file.state.is_in_the_way]
+            in_the_way = _in_the_way(others)
             if in_the_way:
-                raise LockInTheWayError(_first_to_tell(in_the_way))
+                raise LockInTheWayError(in_the_way[0])
             _remove(others)
             jobs_before = self._count_before(names)
             if jobs_before:
@@ -227,9 +227,9 @@ class JobLock:
         lockdir.free_guard(guard)
         files = self._directory.read_locks(names)
         lockfile.judge_by_leftovers(files, LOOK_TIMEOUT)
-        in_the_way = [file for file in files if file.state.is_in_the_way]
+        in_the_way = _in_the_way(files)
         if in_the_way:
-            raise LockInTheWayError(_first_to_tell(in_the_way), jobs_before)
+            raise LockInTheWayError(in_the_way[0], jobs_before)
         if not any(_can_remove(file) for file in files):
             raise LockInTheWayError(None, jobs_before)
         lockdir.take_guard(guard)
@@ -289,12 +289,12 @@ class JobLock:
                 raise DirectoryError(Use.WRITE, lockdir.system_error(errno.ENOENT))
             self._directory.remove_litter(names, self.path)
             files = self._directory.read_locks(names - {self._name})
-            in_the_way = [file for file in files if file.state.is_in_the_way]
+            in_the_way = _in_the_way(files)
             if not in_the_way:
                 return names, files
             is_first = all(self._comes_before(file) for file in in_the_way)
             if not is_first or time.monotonic() > deadline:
-                raise LockInTheWayError(_first_to_tell(in_the_way))
+                raise LockInTheWayError(in_the_way[0])
             # Let other contenders of this host in meanwhile: they are refused at once.
             lockdir.free_guard(guard)
             time.sleep(RIVAL_PAUSE)
@@ -318,21 +318,17 @@ class JobLock:
         with contextlib.suppress(OSError):
             os.unlink(self._unpublished)
         try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            self._remove_or_renew_card()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
         except OSError:
             # The file stays. It must not seem live for as long as this process runs.
             self._hand_over()
         else:
-            self._remove_or_renew_card()
+            if self._has_ticket:
+                card.make(self.path)
+            else:
+                card.remove(self.path)
         self._close()
-
-    def _remove_or_renew_card(self) -> None:
-        if self._has_ticket:
-            card.make(self.path)
-        else:
-            card.remove(self.path)
 
     def _check_file(self) -> None:
         """Check that the lock file is in place.
@@ -372,9 +368,10 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, mode=0o600)
 
 
-def _first_to_tell(files: list[LockFile]) -> LockFile:
-    """Return the lock of which a user is told first."""
-    return min(files, key=lambda file: file.state)
+def _in_the_way(files: list[LockFile]) -> list[LockFile]:
+    """Return the locks that are in the way; the user is told of the first one."""
+    in_the_way = [file for file in files if file.state.is_in_the_way]
+    return sorted(in_the_way, key=lambda file: file.state)
 
 
 def _is_to_be_removed(file: LockFile) -> bool:

@@ -66,7 +66,7 @@ def show(config: dict[str, Any], json_file: str | None) -> int:
     :return: the exit code: 0 if a job would get the lock, 2 if not
     """
     survey = _survey(config)
-    if "job.prepost.vt-joblock" in config.get("plugins.disable", []):
+    if f"job.prepost.{options.FIRST_PLUGIN}" in config.get("plugins.disable", []):
         telling.tell(messages.SWITCHED_OFF)
     if json_file == "-":
         _print(json.dumps(_as_json(survey), indent=4))
