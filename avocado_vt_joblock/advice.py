@@ -20,11 +20,13 @@ PROCESS_LIMIT = 20
 _DO_NOT_REMOVE = "Do not remove the file: two jobs at once destroy each other's images."
 _OWN_DIRECTORY = f"""If this job shares no guest images with that one, give it a lock
 directory of its own: --vt-joblock-dir DIR, or {DIR}."""
-_REASONS = {
+_FLAWS = {
     Flaw.SYSTEM: "{}",
     Flaw.NO_PID: "there is no PID in it",
     Flaw.NO_REGULAR_FILE: "it is no regular file",
     Flaw.LEASED: "another program has a lease on the file",
+}
+_OBSTACLES = {
     Obstacle.NO_PROC: "/proc does not show what runs: {}",
     Obstacle.NO_THREAD: "no thread can be started to look at the processes",
     Obstacle.HANGING: "process {} does not answer, and so hides others",
@@ -51,7 +53,7 @@ def on_refusal(file: LockFile, *, has_waited: bool = False) -> str:
         return text + how_to_wait(has_waited=has_waited)
     if file.state is State.NOT_NOW:
         text += how_to_wait(has_waited=has_waited)
-    elif not file.processes:
+    elif not file.left.processes:
         text += f"\nWait until that job is done.{how_to_wait(has_waited=has_waited)}"
         text += f"\n{_OWN_DIRECTORY}"
     return f"{text}\n{_DO_NOT_REMOVE}"
@@ -62,13 +64,15 @@ def on_waiting(file: LockFile) -> str:
     if file.is_elsewhere:
         what = "a job on another host holds the lock."
         return f"{what}{_facts(file)}\n{_elsewhere(file)}"
-    if file.processes:
+    if file.left.processes:
         what = "a job has ended, but processes of it still run."
-        stopped = who_is_stopped(file.processes, file.uid)
-        text = f"{what}{_facts(file)}{listed(file)}\n{stopped}"
-        return f"{text}\n{to_do(file, file.uid)}"
+        stopped = who_is_stopped(file.left.processes, file.uid)
+        text = f"{what}{_facts(file)}{listed(file.left)}\n{stopped}"
+        return f"{text}\n{to_do(file.left, file.uid)}"
     if file.state is State.NOT_NOW:
-        what = f"for now nobody can tell whether a job still runs:\n{reason(file)}."
+        what = (
+            f"for now nobody can tell whether a job still runs:\n{why_unknown(file)}."
+        )
         return f"{what}{_facts(file)}"
     return f"another job holds the lock.{_facts(file)}"
 
@@ -81,7 +85,7 @@ def on_showing(file: LockFile, processes: list[JobProcess]) -> str:
     """
     if file.state is not State.STALE:
         text = on_refusal(file)
-    elif file.reason:
+    elif file.left.obstacle:
         text = guests_of_others(file)
     else:
         text = f"a stale lock: the next job removes it.{_facts(file)}"
@@ -112,7 +116,7 @@ When there is nothing, the next job of {name} or of root removes the lock file:
     {file.path}"""
 
 
-def listed(left: LockFile | Leftovers) -> str:
+def listed(left: Leftovers) -> str:
     """Return the processes that are left, a line each, and what may be missing."""
     text = ""
     for process in left.processes[:PROCESS_LIMIT]:
@@ -120,14 +124,14 @@ def listed(left: LockFile | Leftovers) -> str:
     more = len(left.processes) - PROCESS_LIMIT
     if more > 0:
         text += f"\n    and {more} more"
-    if _why(left) is Obstacle.GUESTS_OF_OTHERS:
-        text += f"\nThere may be guests, too: {reason(left)}."
-    elif _why(left):
-        text += f"\nThere may be more, tests too: {reason(left)}."
+    if left.obstacle is Obstacle.GUESTS_OF_OTHERS:
+        text += f"\nThere may be guests, too: {obstacle(left)}."
+    elif left.obstacle:
+        text += f"\nThere may be more, tests too: {obstacle(left)}."
     return text
 
 
-def to_do(left: LockFile | Leftovers, uid: int | None) -> str:
+def to_do(left: Leftovers, uid: int | None) -> str:
     """Say what to do about the processes that are left of a job.
 
     :param left: what is left
@@ -139,7 +143,7 @@ def to_do(left: LockFile | Leftovers, uid: int | None) -> str:
         if process.is_ancestor:
             return _to_do_about_shell(process)
     has_test = any(process.test_of for process in processes)
-    is_unclear = _why(left) or any(process.is_blank for process in processes)
+    is_unclear = left.obstacle or any(process.is_blank for process in processes)
     if has_test or is_unclear:
         test = "A test is among them. It" if has_test else "A test"
         return f"""{test} may be cleaning up and restoring images.
@@ -171,10 +175,21 @@ def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
     return f"Until all of that has ended, no job of {whose} runs."
 
 
-def reason(left: LockFile | Leftovers) -> str:
-    """Say why nobody can tell what runs of a job, or why something may be missed."""
-    why = _why(left)
-    return _REASONS[why].format(tamed(left.detail)) if why else ""
+def why_unknown(file: LockFile) -> str:
+    """Say why nobody can tell whether a lock is held, or all that is left of its job.
+
+    :return: "" where there is no such reason
+    """
+    if file.flaw:
+        return _FLAWS[file.flaw].format(tamed(file.flaw_detail))
+    return obstacle(file.left)
+
+
+def obstacle(left: Leftovers) -> str:
+    """Say what may keep leftovers out of sight; return "" if nothing does."""
+    if not left.obstacle:
+        return ""
+    return _OBSTACLES[left.obstacle].format(tamed(left.detail))
 
 
 def owner(file: LockFile) -> str:
@@ -182,16 +197,12 @@ def owner(file: LockFile) -> str:
     return "unknown" if file.uid is None else user(file.uid)
 
 
-def _why(left: LockFile | Leftovers) -> Flaw | Obstacle | None:
-    return left.reason if isinstance(left, LockFile) else left.obstacle
-
-
 def _facts(file: LockFile) -> str:
     """Return what is known of a lock, a line each."""
     lines = [f"file:   {file.path}"]
     if file.card and file.is_elsewhere:
         lines.append(f"host:   {tamed(file.card.identity.host)}")
-    if not file.processes and file.state is not State.NOT_NOW:
+    if not file.left.processes and file.state is not State.NOT_NOW:
         pid = f"{file.pid or 'unknown'}  {tamed(file.command())}"
         lines.append(f"PID:    {pid.rstrip()}")
         is_alive = file.state in (State.LIVE, State.OUTER)
@@ -224,17 +235,18 @@ If that host is gone for good, {_who_may_act(file.uid, [])} removes it:
 
 def _outer(file: LockFile) -> str:
     what = "this is the job that you are in. To wait for it would be to wait for ever."
-    if file.processes:
-        return f"{what}{_facts(file)}{listed(file)}\n{to_do(file, file.uid)}"
+    if file.left.processes:
+        text = f"{what}{_facts(file)}{listed(file.left)}"
+        return f"{text}\n{to_do(file.left, file.uid)}"
     return f"{what}{_facts(file)}\n{_OWN_DIRECTORY}"
 
 
 def _unknown(file: LockFile) -> str:
     whose = "" if file.uid is None else f"-u {shlex.quote(owner(file))} "
-    remove = "rm -r" if file.reason is Flaw.NO_REGULAR_FILE else "rm"
+    remove = "rm -r" if file.flaw is Flaw.NO_REGULAR_FILE else "rm"
     return f"""nobody can tell whether a job still holds the lock:
-{reason(file)}.{_facts(file)}
-So no job runs until {_who_may_act(file.uid, file.processes)} does this:
+{why_unknown(file)}.{_facts(file)}
+So no job runs until {_who_may_act(file.uid, file.left.processes)} does this:
  1. Look for a job, a test or a guest of that user:
     pgrep {whose}-af 'avocado|qemu'
  2. If there is none:

@@ -34,7 +34,7 @@ CLOCK_SLACK = 10.0
 #: as in "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
 _TEXT = re.compile(
     r"(?P<host>\S{1,255}) (?P<boot>\S{8}) (?P<pid_namespace>[0-9]{1,20})"
-    r" (?P<pid>[0-9]{1,10}) (?P<has_left>-?)(?P<started>[0-9]{0,20})",
+    r" (?P<pid>[0-9]{1,10}) (?P<is_handed_over>-?)(?P<started>[0-9]{0,20})",
 )
 
 
@@ -54,7 +54,9 @@ class Card:
     """A card as it was found."""
 
     identity: Identity
-    has_left: bool  # whether the job has left its lock file to what still runs of it
+    is_handed_over: (
+        bool  # whether the job has left its lock file to what still runs of it
+    )
     uid: int  # the owner of the link
     came: float  # when it was first made, in seconds by the clock of the file system
     renewed: float  # when the card was last renewed, in the same way
@@ -93,7 +95,7 @@ class Card:
     @property
     def writer_lives(self) -> bool:
         """Whether the job's own process is seen here, and has not left the file."""
-        if self.has_left or not self.is_of_this_pid_namespace:
+        if self.is_handed_over or not self.is_of_this_pid_namespace:
             return False
         if not procfs.shows_own_namespace():
             return False
@@ -135,8 +137,8 @@ os.register_at_fork(after_in_child=_identity.cache_clear)
 
 def path_of(lock_path: str) -> str:
     """Return where the card of a lock file lies."""
-    directory, name = os.path.split(lock_path)
-    return os.path.join(directory, f".{name}.host")
+    directory, slash, name = lock_path.rpartition("/")
+    return f"{directory}{slash}.{name}.host"
 
 
 def read(lock_path: str) -> Card | None:
@@ -172,7 +174,7 @@ def read(lock_path: str) -> Card | None:
     )
     return Card(
         identity=identity,
-        has_left=bool(match["has_left"]),
+        is_handed_over=bool(match["is_handed_over"]),
         uid=status.st_uid,
         came=status.st_mtime,
         renewed=status.st_ctime,
@@ -194,15 +196,15 @@ def make(lock_path: str) -> None:
             _renew(path)
 
 
-def leave(lock_path: str) -> None:
-    """Have the card say that the job has left its lock file."""
+def hand_over(lock_path: str) -> None:
+    """Have the card say that its lock file was handed over."""
     path = path_of(lock_path)
     # The new card takes the place of the old one at once. A lock without a card would
     # look stale on another host.
     with contextlib.suppress(OSError):
         # It is there already if an earlier call was interrupted.
         with contextlib.suppress(FileExistsError):
-            os.symlink(_text(has_left=True), f"{path}.new")
+            os.symlink(_text(is_handed_over=True), f"{path}.new")
         with contextlib.suppress(OSError):
             _keep_times(path, f"{path}.new")
         os.rename(f"{path}.new", path)
@@ -226,7 +228,7 @@ def remove(lock_path: str) -> None:
         os.unlink(path_of(lock_path))
 
 
-def _text(*, has_left: bool = False) -> str:
+def _text(*, is_handed_over: bool = False) -> str:
     ours = own_identity()
-    started = f"-{ours.started}" if has_left else f"{ours.started}"
+    started = f"-{ours.started}" if is_handed_over else f"{ours.started}"
     return f"{ours.host} {ours.boot} {ours.pid_namespace} {ours.pid} {started}"

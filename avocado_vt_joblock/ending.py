@@ -34,7 +34,7 @@ def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
         if left.is_nothing:
             lock.release()
         else:
-            lock.leave()
+            lock.hand_over()
     except OSError as error:
         problem = error
     if not left.is_nothing:

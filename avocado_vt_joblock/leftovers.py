@@ -1,8 +1,9 @@
-"""What is left of a job: its processes, and what keeps some of them out of sight.
+"""Leftovers: what still runs of a job that has ended, and what may hide some of that.
 
-Only the user of a process and root may read its environment, and so its mark. The
-command line of a test, which everybody may read, names its job. So everybody sees the
-tests of a job, but only its user and root see its guests.
+The processes of a job are its tests, its guests, and what else these have started. Each
+has the job's mark in its environment (see ``marks``), which only the same user and root
+may read. A test names its job in its command line, too, which everybody may read. So
+everybody sees the tests of a job, but only its user and root see its guests.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from avocado_vt_joblock import helpers, marks, procfs
+from avocado_vt_joblock.scan import Process, Scan
 
 #: How long a look at the processes of the host may take, in seconds.
 LOOK_TIMEOUT = 5.0
@@ -25,7 +27,7 @@ class Trace:
     lock_name: str  # in their mark
     job_id: str  # in the command line of its tests
     uid: int | None  # of its user; None where that is unknown
-    since: int = 0  # when the job's own process started, in ticks: none is older
+    since: int = 0  # none has started before that, in ticks; 0 where it is unknown
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,16 @@ class JobProcess:
             return False
         if trace.lock_name in self.marks:
             return True
-        # A user can give two jobs the same id, so it counts only without a mark.
+        # A user can give two jobs the same id. So it does not count where a mark can be
+        # read: that is of the other job.
         if self.test_of == trace.job_id and not self.marks:
             return True
+        # It may be a test or guest whose exec(2) hangs.
         return self.is_blank and self.uid == trace.uid
 
 
 class Obstacle(enum.Enum):
-    """What keeps processes of a job out of sight."""
+    """What may hide processes of a job."""
 
     NO_PROC = enum.auto()  # /proc cannot be read: none is seen
     NO_THREAD = enum.auto()  # no thread can be started for the look
@@ -77,54 +81,54 @@ class Leftovers:
 
     processes: list[JobProcess] = field(default_factory=list)
     obstacle: Obstacle | None = None  # why there may be more
-    detail: str = ""  # the words of the system, or a PID
+    detail: str = ""  # what the obstacle is about: the words of the system, or a PID
 
     @property
     def is_nothing(self) -> bool:
-        """Whether it is plain that nothing is left."""
+        """Whether it is certain that nothing is left."""
         return not self.processes and not self.obstacle
 
 
 class Look:
-    """A look at what is left of jobs.
+    """A look at the processes of the host, for the leftovers of one or several jobs.
 
-    It is made by :meth:`take`.
+    Call :meth:`take` to get one.
     """
 
-    #: The last look whose thread was left behind with a process that hangs.
+    #: The last look that was given up because a process did not answer.
     _hanging: ClassVar[Look | None] = None
 
     def __init__(self, since: int, timeout: float) -> None:
         self._found: list[JobProcess] = []
         self._ancestors = procfs.ancestors()
-        self._scan: procfs.Scan | None = None
+        self._scan: Scan | None = None
         try:
-            self._scan = procfs.Scan(since, timeout, self._visit)
+            self._scan = Scan(since, timeout, self._visit)
         except RuntimeError:
             return
         self._scan.wait()
 
     @classmethod
     def take(cls, since: int, timeout: float) -> Look:
-        """Look at what is left of jobs.
+        """Look at the processes of the host.
 
-        If an earlier look hangs, return it again: a new one would hang at the same
-        process. Without this, a job that waits would leave one more thread behind at
-        each attempt.
+        If an earlier look still hangs, it is returned again: a new one would hang at
+        the same process. Each look that hangs leaves a thread behind, and a job that
+        waits looks every second.
 
         :param since: a start time in ticks; what has started before is not looked at
         :param timeout: how long it may take, in seconds
         :raises Exception: whatever nobody has foreseen
         """
-        if cls._hanging and cls._hanging.still_hangs_at(since):
+        if cls._hanging and cls._hanging.still_hangs_for(since):
             return cls._hanging
         look = cls(since, timeout)
-        if look.still_hangs_at(since):
+        if look.still_hangs_for(since):
             cls._hanging = look
         return look
 
-    def still_hangs_at(self, since: int) -> bool:
-        """Tell whether a new look would hang at the same process, too."""
+    def still_hangs_for(self, since: int) -> bool:
+        """Tell whether a new look from this start time on would hang, too."""
         if not self._scan or not self._scan.is_running or not self._scan.hanging:
             return False
         return since <= self._scan.hanging.started
@@ -132,24 +136,25 @@ class Look:
     def leftovers_of(self, trace: Trace, *, tests_only: bool = False) -> Leftovers:
         """Return what is left of a job.
 
-        :param trace: by what its processes are known
-        :param tests_only: whether nothing else counts
+        :param trace: what its processes are recognized by
+        :param tests_only: whether nothing but tests counts
         """
         found = []
         for process in sorted(self._found, key=lambda process: process.pid):
             counts = process.test_of or not tests_only
-            # The look may be of some time ago.
-            if counts and process.may_be_of(trace) and self._is_running(process):
+            if counts and process.may_be_of(trace) and self._still_runs(process):
                 found.append(process)
         obstacle, detail = self._obstacle(trace)
         return Leftovers(found, obstacle, detail)
 
-    def _is_running(self, process: JobProcess) -> bool:
-        may_have_ended = bool(self._scan and self._scan.hanging)
-        return not may_have_ended or procfs.is_running(process.pid, process.started)
+    def _still_runs(self, process: JobProcess) -> bool:
+        if not self._scan or not self._scan.hanging:
+            return True  # The look was taken just now.
+        # Such a look is used again, so it may be of some time ago.
+        return procfs.is_running(process.pid, process.started)
 
     def _obstacle(self, trace: Trace) -> tuple[Obstacle | None, str]:
-        """Return what may keep processes of a job out of sight, the worst first."""
+        """Return what may hide processes of a job, the worst first, with its detail."""
         scan = self._scan
         if not scan:
             return Obstacle.NO_THREAD, ""
@@ -157,19 +162,19 @@ class Look:
             return Obstacle.NO_PROC, scan.problem.strerror or repr(scan.problem)
         if scan.hanging:
             return Obstacle.HANGING, str(scan.hanging.pid)
-        is_others = os.geteuid() != trace.uid
-        if is_others and scan.hides_others:
+        is_of_other_user = os.geteuid() != trace.uid
+        if is_of_other_user and scan.hides_others:
             return Obstacle.HIDDEN, ""
         denied = [this for this in scan.denied if _may_be_guest(this, trace, scan)]
         if denied:
             return Obstacle.DENIED, str(denied[0].stat.pid)
         if not scan.is_complete:
             return Obstacle.RESTLESS, ""
-        if is_others and os.geteuid() != 0:
+        if is_of_other_user and os.geteuid() != 0:
             return Obstacle.GUESTS_OF_OTHERS, ""
         return None, ""
 
-    def _visit(self, process: procfs.Process) -> None:
+    def _visit(self, process: Process) -> None:
         """Keep a process if it may be of a job."""
         found_marks = marks.found_in(process.environ or b"")
         test_of = job_id_in(process.command)
@@ -192,16 +197,16 @@ class Look:
         )
 
 
-def _may_be_guest(process: procfs.Process, trace: Trace, scan: procfs.Scan) -> bool:
+def _may_be_guest(process: Process, trace: Trace, scan: Scan) -> bool:
     """Tell whether a process whose environment is denied may be a guest of a job."""
-    is_others = os.geteuid() != trace.uid
+    is_of_other_user = os.geteuid() != trace.uid
     if process.stat.started < trace.since:
         return False
     if scan.is_in_user_namespace:
         return True  # For example the host's processes of the same user, in a toolbox.
     if os.geteuid() == 0:
-        return is_others  # Root without CAP_SYS_PTRACE, as in many containers.
-    if is_others:
+        return is_of_other_user  # Root without CAP_SYS_PTRACE, as in many containers.
+    if is_of_other_user:
         return False  # An ordinary user sees no guests of others: GUESTS_OF_OTHERS.
     # One of the same user, but of another group: by sg(1), newgrp(1) or a service.
     return process.uid == trace.uid

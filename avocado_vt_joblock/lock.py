@@ -1,35 +1,48 @@
 """The lock: a file in a directory, held by one job at a time.
 
-It promises, in this order of priority: exclusion, to fail closed, progress, attempts
-that are bounded, and no litter. ``docs/promises.rst`` says what they mean.
+What it promises, the most important first; ``docs/promises.rst`` has the details:
 
-A contender first publishes a lock file of its own and then looks at the others. So of
-two contenders at least one sees the other: that alone keeps exclusion. The guard around
-both steps, a flock on the directory, is for progress: without it two might see each
-other and both give up. It is freed before any step that can take long.
+1. exclusion: no two jobs hold it at once;
+2. it fails closed: where nobody can tell whether it is held, no job gets it;
+3. progress: one of several jobs that start together gets it;
+4. bounded attempts: each one succeeds or fails within seconds;
+5. no litter: what a killed job has left is removed.
+
+A contender first publishes a lock file of its own, and then reads those of others. So
+of two contenders at least one sees the other: that alone keeps exclusion. Without more,
+each might see the other, and both would give up. So contenders of one host do both
+steps one after the other, each while it has the guard of the directory. It is freed
+before any step that can take long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
-import fcntl
-import io
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-from avocado_vt_joblock import card, kernellock, leftovers, lockdir, lockfile, marks
+from avocado_vt_joblock import card, leftovers, lockdir, lockfile, marks
 from avocado_vt_joblock.leftovers import LOOK_TIMEOUT, Leftovers, Obstacle
-from avocado_vt_joblock.lockdir import DirectoryError, LockDirectory, Use, reported_as
+from avocado_vt_joblock.lockdir import (
+    DirectoryError,
+    Guard,
+    Listing,
+    LockDirectory,
+    Ticket,
+    Use,
+)
 from avocado_vt_joblock.lockfile import LockFile, State
+from avocado_vt_joblock.ownfile import OwnFile
 
-#: Jobs of several hosts have started together: how long the first of them waits for the
-#: others to give up, in seconds.
+#: Jobs of several hosts have no common guard. How long the first of those that start
+#: together waits for the others to give up, in seconds.
 RIVAL_TIMEOUT = 1.5
-#: Two jobs whose cards are less than so many seconds apart have started together.
+#: Two jobs start together if their cards are less than so many seconds apart.
 RIVAL_DISTANCE = 2.0
-#: How long to wait between two of these looks, in seconds.
+#: How often the first one looks whether the others have given up, in seconds.
 RIVAL_PAUSE = 0.05
 
 
@@ -78,71 +91,74 @@ class WaitedInVainError(LockInTheWayError):
         self.waited = waited
 
 
-class JobLock:
-    """A lock file in a directory in which only one job at a time holds one.
+class Phase(enum.Enum):
+    """What this process has to do with the lock."""
 
-    Who holds a lock has to keep this object: the kernel lock goes with it.
+    OUT = enum.auto()  # nothing, not yet or not any more
+    TRYING = enum.auto()  # it makes an attempt, or waits for the next one
+    HOLDING = enum.auto()  # it holds the lock
+
+
+class JobLock:
+    """The lock of a directory, as one job takes it and gives it up.
+
+    Who holds the lock has to keep this object: the kernel lock goes with it.
 
     :param directory: the absolute path of an existing directory
-    :param job_id: what the file is named after
+    :param job_id: what the lock file is named after
     :raises JobIdError: when that is not 40 hexadecimal digits
     """
 
     def __init__(self, directory: str, job_id: str) -> None:
         random = os.urandom(4).hex()
-        self._name = f"{lockfile.PREFIX}{job_id.lower()}-{os.getuid()}-{random}.pid"
-        match = lockfile.NAME.fullmatch(self._name)
+        name = f"{lockfile.PREFIX}{job_id.lower()}-{os.getuid()}-{random}.pid"
+        match = lockfile.NAME.fullmatch(name)
         if not match:
             raise JobIdError(job_id)
         self._job_id = match["job_id"]
         self._directory = LockDirectory(directory)
-        self._unpublished = self._directory.join(f".{self._name}")
-        self._file: io.FileIO | None = None  # the open lock file, as long as it is ours
-        self._has_ticket = False  # whether the job waits between two attempts
-        self.path = self._directory.join(self._name)  # where the lock file lies
-        self.is_held = False  # whether this process holds the lock
+        self._file = OwnFile(self._directory.join(name))
+        self._phase = Phase.OUT
+
+    @property
+    def path(self) -> str:
+        """Where the lock file lies."""
+        return self._file.path
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._phase is Phase.HOLDING
 
     def acquire(self, *, waits: bool = False) -> list[LockFile]:
-        """Take the lock, to keep it until it is released or left.
+        """Make one attempt to take the lock.
 
-        An attempt that meets a lock in its way removes nothing of others. Between two
-        attempts of a job that waits its card stays, as its ticket.
+        A failed attempt leaves nothing, but for the card of a job that will try again.
+        That is its ticket: it keeps its place among the jobs that wait.
 
         :param waits: whether the job will try again if this attempt fails
         :return: the stale locks that were there; one that could not be removed says why
         :raises LockInTheWayError: when another lock is not stale, or others wait
         :raises DirectoryError: when the system refuses a use of the directory
         """
-        self._has_ticket = waits
-        with self._directory.guard() as guard, self._withdrawn_on_error():
-            card.make(self.path)
-            if waits:
-                self._give_way(guard)
-            self._publish()
-            names, others = self._read_others(guard)
-            # From here on the published file keeps others out: the guard is not needed.
-            lockdir.free_guard(guard)
-            lockfile.judge_by_leftovers(others, LOOK_TIMEOUT)
-            in_the_way = _in_the_way(others)
-            if in_the_way:
-                raise LockInTheWayError(in_the_way[0])
-            _remove(others)
-            jobs_before = self._count_before(names)
-            if jobs_before:
-                raise LockInTheWayError(None, jobs_before, stale=others)
-            marks.set_on_this_process(self._name)
-            self.is_held = True
-            self._has_ticket = False
-            return others
+        self._phase = Phase.TRYING
+        with self._directory.guarded() as guard:
+            try:
+                return self._attempt(guard, waits=waits)
+            except BaseException:
+                # While this process still has the guard: otherwise another contender
+                # would see the file, and be refused by an attempt that has failed.
+                self._withdraw(waits=waits)
+                raise
 
     def find_leftovers(self, *, tests_only: bool, timeout: float) -> Leftovers:
-        """Look at what the job has started and still runs.
+        """Find what the job has started and still runs.
 
-        :param tests_only: whether nothing else counts
-        :param timeout: how long the look may take, in seconds
+        :param tests_only: whether nothing but tests counts
+        :param timeout: how long that may take, in seconds
         """
         since = card.own_start()
-        trace = leftovers.Trace(self._name, self._job_id, os.geteuid(), since)
+        trace = leftovers.Trace(self._file.name, self._job_id, os.geteuid(), since)
         look = leftovers.Look.take(since, timeout)
         return look.leftovers_of(trace, tests_only=tests_only)
 
@@ -152,231 +168,175 @@ class JobLock:
         :raises FileNotFoundError: when somebody has removed or replaced it before
         :raises OSError: when it cannot be removed
         """
-        if self.is_held:
-            with self._given_up():
-                self._check_file()
-                os.unlink(self.path)
-                card.remove(self.path)
+        self._give_up(removes=True)
 
-    def leave(self) -> None:
-        """Leave the lock file in place; do nothing if the lock is not held.
+    def hand_over(self) -> None:
+        """Leave the lock file to the leftovers; do nothing if the lock is not held.
 
-        It counts as live while anything runs that this job has started.
+        It keeps others out as long as a process runs that this job has started.
 
         :raises FileNotFoundError: when somebody has removed or replaced it before
         :raises OSError: when the system does not tell
         """
-        if self.is_held:
-            with self._given_up():
-                self._check_file()
-                self._hand_over()
+        self._give_up(removes=False)
 
     def abandon(self) -> None:
         """Make sure that this process neither holds the lock nor waits for it.
 
-        It comes last, also after Ctrl-C at any moment of the other methods.
+        Callers do this last, since Ctrl-C may have cut short any other method.
         """
-        if self.is_held:
+        if self._phase is Phase.HOLDING:
             with contextlib.suppress(OSError):
-                self.leave()
-        elif self._file or self._has_ticket:
-            self._has_ticket = False
-            self._withdraw()
+                self.hand_over()
+        elif self._phase is Phase.TRYING:
+            self._withdraw(waits=False)
 
-    @contextlib.contextmanager
-    def _withdrawn_on_error(self) -> Iterator[None]:
-        """Withdraw what an attempt has made, if it fails.
+    # One attempt, step by step.
 
-        As long as this process holds the guard, no contender of this host sees what was
-        made and is refused because of it.
-        """
-        try:
-            yield
-        except BaseException:
-            self._withdraw()
-            raise
+    def _attempt(self, guard: Guard, *, waits: bool) -> list[LockFile]:
+        """Make an attempt; whoever calls this removes what it has made if it fails."""
+        card.make(self.path)
+        if waits:
+            self._give_way(guard)
+        self._file.publish()
+        listing, others = self._read_others(guard)
+        # From here on the published file keeps others out: the guard is not needed.
+        guard.free()
+        lockfile.judge_by_leftovers(others, LOOK_TIMEOUT)
+        in_the_way = _in_the_way(others)
+        if in_the_way:
+            raise LockInTheWayError(in_the_way[0])
+        _remove(others)
+        jobs_before = self._count_before(listing)
+        if jobs_before:
+            raise LockInTheWayError(None, jobs_before, stale=others)
+        marks.set_on_this_process(self._file.name)
+        self._phase = Phase.HOLDING
+        return others
 
-    @contextlib.contextmanager
-    def _given_up(self) -> Iterator[None]:
-        """Run the body, then give up the kernel lock, also if the body fails.
+    def _give_way(self, guard: Guard) -> None:
+        """Make no attempt if other jobs wait that came before this one.
 
-        After Ctrl-C in the body abandon() does it.
-        """
-        try:
-            yield
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                self._hand_over()
-            self._close()
-            raise
-        self._close()
-
-    def _give_way(self, guard: int) -> None:
-        """Make no attempt if jobs wait that came before this one.
-
-        But if a lock is stale the attempt is made, and removes it. The jobs before it
-        may be of another host or user, unable to tell that, and would wait for ever.
+        There is one exception: a stale lock that this job can remove. Maybe the jobs
+        before it cannot, since they are of another host or user, and would wait for
+        ever. Then the attempt is made, and fails only after the removal.
 
         :param guard: the guard, which is freed while this job looks at processes
-        :raises LockInTheWayError: when the job waits on
+        :raises LockInTheWayError: when no attempt is to be made
         """
-        names = self._directory.names()
-        jobs_before = self._count_before(names)
+        listing = self._directory.listing()
+        jobs_before = self._count_before(listing)
         if not jobs_before:
             return
-        lockdir.free_guard(guard)
-        files = self._directory.read_locks(names)
+        guard.free()
+        files = self._directory.read_locks(listing.lock_names)
         lockfile.judge_by_leftovers(files, LOOK_TIMEOUT)
         in_the_way = _in_the_way(files)
         if in_the_way:
             raise LockInTheWayError(in_the_way[0], jobs_before)
         if not any(_can_remove(file) for file in files):
             raise LockInTheWayError(None, jobs_before)
-        lockdir.take_guard(guard)
+        guard.take()
 
-    def _count_before(self, names: set[str]) -> int:
-        """Count the jobs that wait and came before this one.
-
-        :param names: what lies in the directory
-        """
-        own_card = self._own_card() if lockdir.orphans(names) else None
+    def _count_before(self, listing: Listing) -> int:
+        """Count the jobs that wait and came before this one."""
+        own_card = self._own_card() if listing.orphans else None
         if not own_card:
             return 0
-        own_turn = (own_card.came, self._name)
-        waiting = self._directory.waiting(names, own_card.renewed)
-        return sum(ticket.turn < own_turn for ticket in waiting)
+        own_turn = Ticket(self._file.name, own_card).turn
+        # Its own card has just been made or renewed: that is now.
+        tickets = self._directory.tickets(listing, now=own_card.renewed)
+        return sum(ticket.turn < own_turn for ticket in tickets)
 
-    def _publish(self) -> None:
-        """Give the lock file its name when it is complete and has its kernel lock."""
-        with reported_as(Use.WRITE):
-            if self._has_ticket:
-                # An earlier attempt may have failed to remove it.
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._unpublished)
-            # Nobody else may open it before the kernel lock is there.
-            self._file = io.FileIO(self._unpublished, "x+", opener=_open_private)
-        fd = self._file.fileno()
-        with reported_as(Use.LOCK):
-            kernellock.take(fd)
-        with contextlib.suppress(OSError):
-            # systemd-tmpfiles deletes no file of which it gets no flock. Never use
-            # LOCK_SH or LOCK_UN: on NFS both lose the kernel lock.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with reported_as(Use.WRITE):
-            text = b"%d\n\n" % os.getpid()
-            if os.write(fd, text) < len(text):
-                raise lockdir.system_error(errno.ENOSPC)
-            with contextlib.suppress(OSError):
-                # Whatever the umask: everybody may read who holds the lock. That is a
-                # courtesy, and CIFS and FUSE may refuse it.
-                os.fchmod(fd, 0o644)
-            os.rename(self._unpublished, self.path)
+    def _read_others(self, guard: Guard) -> tuple[Listing, list[LockFile]]:
+        """Read the locks of others; go on only if they are of jobs that have ended.
 
-    def _read_others(self, guard: int) -> tuple[set[str], list[LockFile]]:
-        """Read the other locks; return what is listed, and the locks of ended jobs.
+        Jobs of several hosts have no common guard. If they start together they may see
+        each other, and if each of them gave up, none would get the lock. So the one
+        whose lock file is the first by name looks again until the others have given up.
 
-        Jobs that start together on several hosts have no common guard. If each of them
-        gave up because of the others, none would get the lock. So the one whose file
-        comes first by name waits until the others have given up.
-
-        :param guard: the guard, which is freed while this job waits
-        :raises LockInTheWayError: when a lock is in the way
+        :param guard: the guard, which is freed between two of these looks
+        :return: what is in the directory, and the locks of jobs that have ended
+        :raises LockInTheWayError: when another lock is in the way
         """
         deadline = time.monotonic() + RIVAL_TIMEOUT
         while True:
-            names = self._directory.names()
-            if self._name not in names:
+            listing = self._directory.listing()
+            if self._file.name not in listing.lock_names:
                 raise DirectoryError(Use.WRITE, lockdir.system_error(errno.ENOENT))
-            self._directory.remove_litter(names, self.path)
-            files = self._directory.read_locks(names - {self._name})
+            self._directory.remove_litter(listing, self.path)
+            names = listing.lock_names - {self._file.name}
+            files = self._directory.read_locks(names)
             in_the_way = _in_the_way(files)
             if not in_the_way:
-                return names, files
-            is_first = all(self._comes_before(file) for file in in_the_way)
-            if not is_first or time.monotonic() > deadline:
+                return listing, files
+            goes_first = all(self._goes_before(file) for file in in_the_way)
+            if not goes_first or time.monotonic() > deadline:
                 raise LockInTheWayError(in_the_way[0])
             # Let other contenders of this host in meanwhile: they are refused at once.
-            lockdir.free_guard(guard)
+            guard.free()
             time.sleep(RIVAL_PAUSE)
-            lockdir.take_guard(guard)
+            guard.take()
 
-    def _comes_before(self, file: LockFile) -> bool:
-        """Tell whether this job goes first of two that start together on two hosts."""
+    def _goes_before(self, file: LockFile) -> bool:
+        """Tell whether another lock is of a job of another host that gives up first."""
         own_card = self._own_card() if file.is_elsewhere else None
         if not file.card or not own_card:
             return False
         distance = abs(file.card.renewed - own_card.renewed)
-        return distance < RIVAL_DISTANCE and self._name < file.name
+        return distance < RIVAL_DISTANCE and self._file.name < file.name
 
     def _own_card(self) -> card.Card | None:
         with contextlib.suppress(OSError):
             return card.read(self.path)
         return None
 
-    def _withdraw(self) -> None:
+    # The end of an attempt, and of the lock.
+
+    def _withdraw(self, *, waits: bool) -> None:
         """Remove what an attempt has made; a job that waits keeps its ticket."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._unpublished)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
-        except OSError:
-            # The file stays. It must not seem live for as long as this process runs.
-            self._hand_over()
-        else:
-            if self._has_ticket:
-                card.make(self.path)
-            else:
-                card.remove(self.path)
-        self._close()
+        self._file.withdraw(keeps_card=waits)
+        self._forget(Phase.TRYING if waits else Phase.OUT)
 
-    def _check_file(self) -> None:
-        """Check that the lock file is in place.
+    def _give_up(self, *, removes: bool) -> None:
+        """Give the lock up, if it is held.
 
-        :raises FileNotFoundError: when it is not, or was given up before Ctrl-C
+        After Ctrl-C in here it is still held, so that abandon() does the same again.
+
+        :param removes: whether to remove the file, or to hand it over
         """
-        if not self._file or self._file.closed:
-            raise lockdir.system_error(errno.ENOENT)
-        status = os.fstat(self._file.fileno())
+        if not self.is_held:
+            return
         try:
-            is_own = os.path.samestat(os.lstat(self.path), status)
-        except FileNotFoundError:
-            card.remove(self.path)  # Without its file it is litter.
+            self._file.check()
+            if removes:
+                self._file.remove()
+            else:
+                self._file.hand_over()
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                # It stays, but must not count for as long as this process runs.
+                self._file.hand_over()
+            self._forget(Phase.OUT)
             raise
-        if not is_own:
-            raise lockdir.system_error(errno.ENOENT)
+        self._forget(Phase.OUT)
 
-    def _hand_over(self) -> None:
-        """Make the file live only while something that the job started still runs."""
-        card.leave(self.path)
-        if self._file:
-            with contextlib.suppress(OSError, ValueError):
-                # A process that was forked has the file open, too, maybe for long.
-                kernellock.drop(self._file.fileno())
-
-    def _close(self) -> None:
-        """Give up the kernel lock and the mark; after Ctrl-C it is called again."""
-        marks.take_from_this_process(self._name)
-        if self._file:
-            with contextlib.suppress(OSError):
-                self._file.close()
-        self._file = None
-        self.is_held = False
-
-
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, mode=0o600)
+    def _forget(self, phase: Phase) -> None:
+        """Let the kernel lock and the mark go, and note what this process does now."""
+        marks.take_from_this_process(self._file.name)
+        self._file.close()
+        self._phase = phase
 
 
 def _in_the_way(files: list[LockFile]) -> list[LockFile]:
-    """Return the locks that are in the way; the user is told of the first one."""
+    """Return the locks that are in the way, the worst first: users are told of that."""
     in_the_way = [file for file in files if file.state.is_in_the_way]
     return sorted(in_the_way, key=lambda file: file.state)
 
 
 def _is_to_be_removed(file: LockFile) -> bool:
     # Only its owner and root see whether a guest of its job runs, so they remove it.
-    is_for_others = file.reason is Obstacle.GUESTS_OF_OTHERS
+    is_for_others = file.left.obstacle is Obstacle.GUESTS_OF_OTHERS
     return file.state is State.STALE and not is_for_others
 
 

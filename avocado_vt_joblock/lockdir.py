@@ -1,4 +1,11 @@
-"""The lock directory: its guard, its files, who waits in it, what crashes left."""
+"""The lock directory: its guard, its files, who waits in it, what crashes left.
+
+It has for example, of a job that holds the lock and of one that waits for it::
+
+    avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid                   a lock file
+    .avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid.host -> hv3...   its card
+    .avocado-vt-joblock-77d1c0aa...-1001-0b4e11f7.pid.host -> hv3...   a ticket
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from avocado_vt_joblock import card, lockfile
@@ -18,15 +25,14 @@ from avocado_vt_joblock.lockfile import LockFile
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
 #: How long a ticket counts after it was renewed, in seconds. A job that waits renews it
-#: at the start and at the end of each attempt. Between these are 1 s for the guard, 1
-#: for leases, 1.5 for other hosts and 5 for processes at most; the lock file itself is
-#: there meanwhile. Between two attempts lies 1 s.
+#: when an attempt begins and when it ends. An attempt may take 1 s for the guard, 1 for
+#: leases, 1.5 for other hosts and 5 for processes; the next one begins 1 s later.
 TICKET_TIMEOUT = 10.0
 #: From what age on a card or an unpublished file was left by a crash, in seconds.
 LITTER_AGE = 60.0
 
-#: What belongs to a lock and is none: an unpublished file, a card, a new card. For
-#: example
+#: What belongs to a lock file and is none: a file that is not published yet, a card
+#: (.host), a card that is about to replace another one (.host.new). For example
 #: .avocado-vt-joblock-8f0a3ed06dc5353fe19db0e0ab8f3a10a9c3b6ba-1000-5f2c9d01.pid.host
 _COMPANION = re.compile(
     rf"\.(?P<lock_name>{lockfile.NAME.pattern})(?P<kind>|\.host|\.host\.new)"
@@ -50,9 +56,74 @@ class DirectoryError(Exception):
         self.error = error
 
 
+class ReportedAs:
+    """A context manager: an error of the system becomes one of the lock directory.
+
+    :param use: what the body of the ``with`` does
+    """
+
+    def __init__(self, use: Use) -> None:
+        self._use = use
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, _type: object, error: BaseException | None, _: object) -> None:
+        """Raise the error of the directory."""
+        # An OSError without a number was raised by a program, maybe at its own alarm.
+        # It says nothing of the directory.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DirectoryError(self._use, error) from error
+
+
+def system_error(code: int) -> OSError:
+    """Return the error that the system has for a number of errno(3)."""
+    return OSError(code, os.strerror(code))
+
+
+class Guard:
+    """A flock on the lock directory: only one contender of a host has it at a time.
+
+    Exclusion does not need it: a contender that cannot have it goes on without.
+
+    :param fd: the directory, open
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def take(self) -> None:
+        """Take the guard, or give that up after a while."""
+        deadline = time.monotonic() + GUARD_TIMEOUT
+        with contextlib.suppress(OSError):
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    time.sleep(0.005)
+
+    def free(self) -> None:
+        """Let others take the guard."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A card or an unpublished file without its lock file.
+
+    It is of a job that begins an attempt or waits, or was left by a crash.
+    """
+
+    name: str
+    lock_name: str  # the name of the lock file that is not there
+    is_card: bool
+
+
 @dataclass(frozen=True)
 class Ticket:
-    """What shows that a job waits: its card, without a lock file."""
+    """A card without a lock file: its job waits."""
 
     lock_name: str
     card: Card
@@ -63,14 +134,16 @@ class Ticket:
         return self.card.came, self.lock_name
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What a lock directory had at one moment."""
+
+    lock_names: frozenset[str]  # the names of its lock files
+    orphans: list[Orphan]
+
+
 class LockDirectory:
     """A directory in which jobs make lock files.
-
-    It has for example, of a job that holds the lock and of one that waits for it::
-
-        avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid
-        .avocado-vt-joblock-8f0a3ed0...-1000-5f2c9d01.pid.host -> hv3.lab 1a2b3c4d ...
-        .avocado-vt-joblock-77d1c0aa...-1001-0b4e11f7.pid.host -> hv3.lab 1a2b3c4d ...
 
     :param path: its absolute path
     """
@@ -83,66 +156,63 @@ class LockDirectory:
         return os.path.join(self.path, name)
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[int]:
-        """Keep other contenders of this host out, if that can be had in time.
-
-        Yields its descriptor, for free_guard() and take_guard().
+    def guarded(self) -> Iterator[Guard]:
+        """Have the guard, if it can be had in time.
 
         :raises DirectoryError: when the directory cannot be opened
         """
-        with reported_as(Use.OPEN):
-            guard = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        with ReportedAs(Use.OPEN):
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            take_guard(guard)
+            guard = Guard(fd)
+            guard.take()
             yield guard
         finally:
-            # An error here would say nothing of the lock.
+            # This frees it. An error here would say nothing of the lock.
             with contextlib.suppress(OSError):
-                os.close(guard)
+                os.close(fd)
 
-    def names(self) -> set[str]:
-        """Return the names of all that has to do with locks.
+    def listing(self) -> Listing:
+        """List its lock files, and what belongs to them.
 
-        :raises DirectoryError: when the directory cannot be listed
+        :raises DirectoryError: when that is refused
         """
-        with reported_as(Use.OPEN):
-            return {name for name in os.listdir(self.path) if lockfile.PREFIX in name}
+        with ReportedAs(Use.OPEN):
+            names = [name for name in os.listdir(self.path) if lockfile.PREFIX in name]
+        lock_names = frozenset(filter(lockfile.NAME.fullmatch, names))
+        return Listing(lock_names, _orphans(names, lock_names))
 
-    def read_locks(self, names: set[str]) -> list[LockFile]:
-        """Read the lock files of these names; some are not judged yet."""
+    def read_locks(self, names: Iterable[str]) -> list[LockFile]:
+        """Read lock files; those of jobs that have ended are not judged yet."""
         deadline = time.monotonic() + lockfile.OPEN_TIMEOUT
-        files = [
-            lockfile.read(self.join(name), deadline)
-            for name in names
-            if lockfile.NAME.fullmatch(name)
-        ]
+        files = [lockfile.read(self.join(name), deadline) for name in names]
         return [file for file in files if file]
 
-    def waiting(self, names: set[str], now: float) -> list[Ticket]:
+    def tickets(self, listing: Listing, now: float) -> list[Ticket]:
         """Return the tickets of jobs that wait and live, in the order of their turns.
 
-        :param names: what lies in the directory
+        :param listing: what it has
         :param now: in seconds since the Epoch, by the clock of the file system
         """
         tickets = []
-        for orphan in orphans(names):
-            if orphan["kind"] != ".host":
-                continue
+        for orphan in listing.orphans:
             found = None
-            with contextlib.suppress(OSError):
-                found = card.read(self.join(orphan["lock_name"]))
+            if orphan.is_card:
+                with contextlib.suppress(OSError):
+                    found = card.read(self.join(orphan.lock_name))
             if found and _is_ticket(found, now):
-                tickets.append(Ticket(orphan["lock_name"], found))
+                tickets.append(Ticket(orphan.lock_name, found))
         return sorted(tickets, key=lambda ticket: ticket.turn)
 
-    def remove_litter(self, names: set[str], new_file: str) -> None:
-        """Remove what crashes have left and no lock file belongs to.
+    def remove_litter(self, listing: Listing, new_file: str) -> None:
+        """Remove orphans that were left by a crash: they are old.
 
-        :param names: what lies in the directory
-        :param new_file: the path of a file that is new by the clock of the file system
+        :param listing: what it has
+        :param new_file: the path of a file that was just made: its time is now, by the
+            clock of the file system
         """
-        for orphan in orphans(names):
-            path = self.join(orphan[0])
+        for orphan in listing.orphans:
+            path = self.join(orphan.name)
             with contextlib.suppress(OSError):
                 age = os.lstat(new_file).st_ctime - os.lstat(path).st_ctime
                 # The clock of a file system may be set back.
@@ -150,59 +220,26 @@ class LockDirectory:
                     os.unlink(path)
 
 
+def _orphans(names: list[str], lock_names: frozenset[str]) -> list[Orphan]:
+    """Find the cards and unpublished files whose lock file is not there."""
+    orphans = []
+    for name in names:
+        match = _COMPANION.fullmatch(name)
+        if match and match["lock_name"] not in lock_names:
+            is_card = match["kind"] == ".host"
+            orphans.append(Orphan(name, match["lock_name"], is_card))
+    return orphans
+
+
 def _is_ticket(found: Card, now: float) -> bool:
     """Tell whether a card without a lock file is the ticket of a job that lives."""
-    if found.has_left:
+    if found.is_handed_over:
         return False  # avocado-vt, which knows no cards, has removed its lock file.
     if found.is_of_this_pid_namespace and not found.writer_lives:
         return False
-    # A job that has just come may be about to publish its lock. It renews its card when
-    # its first attempt has failed.
+    # A job that does not wait has such a card, too, for the moment before it publishes
+    # its lock file. But only one that waits renews it, after a first failed attempt.
     has_waited = found.came < found.renewed
     # The clock of a file system may be set back.
     is_alive = abs(now - found.renewed) < TICKET_TIMEOUT
     return has_waited and is_alive
-
-
-def orphans(names: set[str]) -> list[re.Match[str]]:
-    """Return the cards and unpublished files without their lock file.
-
-    :return: of each one its name (group 0), that of its lock file and its kind
-    """
-    matches = [_COMPANION.fullmatch(name) for name in names if name.startswith(".")]
-    return [match for match in matches if match and match["lock_name"] not in names]
-
-
-def take_guard(guard: int) -> None:
-    """Take the guard; go on without after a while, or where it cannot be had."""
-    deadline = time.monotonic() + GUARD_TIMEOUT
-    with contextlib.suppress(OSError):
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                time.sleep(0.005)
-
-
-def free_guard(guard: int) -> None:
-    """Let others take the guard."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(guard, fcntl.LOCK_UN)
-
-
-@contextlib.contextmanager
-def reported_as(use: Use) -> Iterator[None]:
-    """Have what the system says reported as an error of the lock directory."""
-    try:
-        yield
-    except OSError as error:
-        # A program's own TimeoutError, for example, says nothing about the directory.
-        if error.errno is None:
-            raise
-        raise DirectoryError(use, error) from error
-
-
-def system_error(code: int) -> OSError:
-    """Return the error that the system has for a number of errno(3)."""
-    return OSError(code, os.strerror(code))

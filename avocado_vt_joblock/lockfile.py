@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from avocado_vt_joblock import card, kernellock, leftovers, marks, procfs
 from avocado_vt_joblock.card import CLOCK_SLACK, Card
-from avocado_vt_joblock.leftovers import JobProcess, Obstacle
+from avocado_vt_joblock.leftovers import Leftovers, Obstacle
 
 #: How the name of every lock file begins. avocado-vt treats every file with this prefix
 #: as a lock. Cards, and files that are not published yet, therefore begin with a dot.
@@ -82,11 +82,11 @@ class LockFile:
     uses_kernel_lock: bool = True  # whether its writer takes one: avocado-vt does not
     pid: int = 0  # the job's own process, as the file tells; 0 if it does not
     pid_is_here: bool = True  # whether that may be the process of this PID here
+    flaw: Flaw | None = None  # what is wrong with the file itself
+    flaw_detail: str = ""  # of Flaw.SYSTEM: the words of the system
     # The verdict.
     state: State = State.UNKNOWN
-    reason: Flaw | Obstacle | None = None  # why nobody can tell, or may miss something
-    detail: str = ""  # what the reason is about: the words of the system, or a PID
-    processes: list[JobProcess] = field(default_factory=list)  # what is left of its job
+    left: Leftovers = field(default_factory=Leftovers)  # of its job, if that has ended
     not_removed: str = ""  # why a stale one is still there, in the words of the system
 
     @property
@@ -135,15 +135,15 @@ def read(path: str, deadline: float) -> LockFile | None:
     try:
         if not _read_facts(file, deadline):
             return None
-        file.state, file.reason = _judge(file)
+        file.state, file.flaw = _judge(file)
     except BlockingIOError:
-        file.state, file.reason = State.NOT_NOW, Flaw.LEASED
+        file.state, file.flaw = State.NOT_NOW, Flaw.LEASED
     except OSError as error:
         # ESTALE: another client of NFS has removed the file meanwhile.
         if error.errno in (errno.ENOENT, errno.ESTALE):
             return None
-        file.state, file.reason = State.UNKNOWN, Flaw.SYSTEM
-        file.detail = error.strerror or repr(error)
+        file.state, file.flaw = State.UNKNOWN, Flaw.SYSTEM
+        file.flaw_detail = error.strerror or repr(error)
     return file
 
 
@@ -158,10 +158,8 @@ def judge_by_leftovers(files: list[LockFile], timeout: float) -> None:
         return
     look = leftovers.Look.take(min(file.trace.since for file in ended), timeout)
     for file in ended:
-        left = look.leftovers_of(file.trace)
-        file.processes = left.processes
-        file.reason, file.detail = left.obstacle, left.detail
-        file.state = _state_by(left)
+        file.left = look.leftovers_of(file.trace)
+        file.state = _state_by(file.left)
 
 
 def _judge(file: LockFile) -> tuple[State, Flaw | None]:
@@ -184,7 +182,7 @@ def _judge(file: LockFile) -> tuple[State, Flaw | None]:
     return State.LIVE, None
 
 
-def _state_by(left: leftovers.Leftovers) -> State:
+def _state_by(left: Leftovers) -> State:
     """Reach the verdict on a job that has ended by what is left of it."""
     if any(process.is_ancestor for process in left.processes):
         return State.OUTER

@@ -182,7 +182,7 @@ def waiting(error: LockInTheWayError | DirectoryError, seconds: float) -> str:
         what = _in_line(error.jobs_before)
     elif error.file.state is State.UNKNOWN:
         what = f"""at this moment nobody can tell whether a job holds the lock:
-{advice.reason(error.file)}.
+{advice.why_unknown(error.file)}.
     file:   {error.file.path}"""
     else:
         what = advice.on_waiting(error.file)
@@ -270,7 +270,7 @@ The lock file stays:
     {path}"""
     if not left.processes:
         text = f"""Nobody can tell whether something of the job still runs:
-{advice.reason(left)}."""
+{advice.obstacle(left)}."""
         return f"{text}{stays}\nThe next job looks again." if is_in_place else text
     text = f"{_still_run(left, 'of the job')}:{advice.listed(left)}"
     if is_in_place:

@@ -10,25 +10,10 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
-#: How long a scan may look at a host on which processes come and go, in seconds.
-SETTLE_TIMEOUT = 3.0
 #: How long the command line of one process may be waited for, in seconds.
 COMMAND_TIMEOUT = 1.0
-#: How long a scan waits before it looks for what is new, in seconds.
-ROUND_PAUSE = 0.005
-
-# In the middle of an exec(2), and at its end, a process has no environment for some
-# microseconds. So one that shows none is looked at again, for example at 0, 3 and 7 ms.
-# A process that shows an environment at none of these looks was started without one.
-EXEC_LOOKS = 3
-#: How far the first and the last of these looks are apart, in seconds.
-EXEC_TIME = 0.005
-#: Used instead of EXEC_TIME where the command line is empty, too: such a process may be
-#: stuck in exec(2).
-BLANK_TIME = 0.5
 
 #: PF_KTHREAD of the kernel's include/linux/sched.h, a flag in /proc/PID/stat.
 _KERNEL_THREAD = 0x00200000
@@ -49,26 +34,6 @@ class Stat:
     started: int  # in ticks since boot
     has_ended: bool
     is_kernel_thread: bool
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process, by all that can be read of it."""
-
-    stat: Stat
-    uid: int  # the effective user id; 0 where it is not dumpable, see proc(5)
-    command: bytes  # the words of its command line, each with a NUL at its end
-    environ: bytes | None  # the same of its environment; None where that is denied
-
-    @property
-    def has_no_environ(self) -> bool:
-        """Whether it shows an empty environment, as a kernel thread always does."""
-        return self.environ == b"" and not self.stat.is_kernel_thread
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether nobody can tell what it is: it is stuck in exec(2), or at its end."""
-        return self.has_no_environ and not self.command
 
 
 def age(started: int) -> float:
@@ -166,7 +131,7 @@ def has_open(pid: int, file_name: str) -> bool:
 
 def read_command(pid: int) -> bytes:
     """Return the command line of a process, each word with a NUL at its end."""
-    return _read_memory(pid, "cmdline") or b""
+    return read_memory(pid, "cmdline") or b""
 
 
 def read_command_in_time(pid: int) -> bytes:
@@ -225,162 +190,7 @@ def is_in_user_namespace() -> bool:
         return False  # The kernel has no user namespaces.
 
 
-class Scan:
-    """A bounded look at all processes but this one.
-
-    It reads in a thread of its own. To read the environment of a process may take for
-    ever, when that process waits for storage that is dead; then the thread is left
-    behind.
-
-    :param since: a start time in ticks; what has started before is not read
-    :param timeout: how long it may take, in seconds
-    :param visit: called once, in the thread, with each process that was read
-    :raises RuntimeError: when no thread can be started
-    """
-
-    def __init__(
-        self, since: int, timeout: float, visit: Callable[[Process], None]
-    ) -> None:
-        self.denied: list[Process] = []  # those whose environment may not be read
-        self.hides_others = False  # whether /proc hides processes of other users
-        self.is_in_user_namespace = False  # whether some cannot be read here
-        # The result, when wait() has returned.
-        self.is_complete = False  # whether no process can have been missed
-        self.hanging: Stat | None = None  # the process that was not read in time
-        self.problem: OSError | None = None  # why none can be seen
-        self._since = since
-        self._timeout = timeout
-        # In the second half of the time no new read is begun. A thread that is still
-        # there at the end is stuck in one.
-        self._deadline = time.monotonic() + min(SETTLE_TIMEOUT, timeout / 2)
-        self._visit = visit
-        self._has_seen_all = False
-        self._failure: BaseException | None = None
-        self._at: Stat | None = None  # the process that is being read
-        self._done: dict[int, int] = {}  # the start times of what was read, by PID
-        self._looks: dict[tuple[int, int], _Looks] = {}
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait until the scan is over, or a process hangs, or the time is over.
-
-        :raises Exception: whatever nobody has foreseen in the thread
-        """
-        self._thread.join(self._timeout)
-        if not self.is_running:
-            self.is_complete = self._has_seen_all
-        else:
-            # Whatever the thread does from now on, the scan stays incomplete.
-            self.hanging = self._at
-        if self._failure:
-            raise self._failure
-
-    @property
-    def is_running(self) -> bool:
-        """Whether its thread has not ended."""
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            self.hides_others = hides_others()
-            self.is_in_user_namespace = is_in_user_namespace()
-            own = read_stat(own_pid())
-            self._done[own.pid] = own.started
-            while not self._has_seen_all and time.monotonic() < self._deadline:
-                self._has_seen_all = self._look_at_all()
-        except OSError as error:
-            self.problem = error
-        except BaseException as error:
-            self._failure = error
-
-    def _look_at_all(self) -> bool:
-        """Read what has not been read; return whether that is all there is."""
-        some_ended = False
-        listed = {int(name) for name in os.listdir("/proc") if name.isdigit()}
-        self._forget_gone(listed)
-        for pid in listed - self._done.keys():
-            if time.monotonic() > self._deadline:
-                return False
-            try:
-                self._look_at(pid)
-            except (FileNotFoundError, ProcessLookupError):
-                # It may have started a child after /proc was listed: only another
-                # round shows that.
-                some_ended = True
-            except PermissionError:
-                self._note_hidden(pid)
-        is_all = not some_ended and listed <= self._done.keys()
-        if not is_all and not some_ended:
-            time.sleep(ROUND_PAUSE)
-        return is_all
-
-    def _forget_gone(self, listed: set[int]) -> None:
-        """Forget what has ended: its PID may be that of another process now."""
-        for pid, started in list(self._done.items()):
-            if pid not in listed or not self._is_same(pid, started):
-                del self._done[pid]
-
-    def _is_same(self, pid: int, started: int) -> bool:
-        with contextlib.suppress(
-            PermissionError, FileNotFoundError, ProcessLookupError
-        ):
-            return read_stat(pid).started == started
-        return True  # Hidden: no more is known. Gone: the next listing lacks it.
-
-    def _look_at(self, pid: int) -> None:
-        """Read a process, and be done with it unless it is in the middle of an exec."""
-        stat = self._at = read_stat(pid)
-        if stat.started < self._since:
-            self._done[pid] = stat.started
-            return
-        if stat.has_ended:
-            self._done[pid] = stat.started
-            raise ProcessLookupError
-        command = read_command(pid)
-        environ = _read_memory(pid, "environ")
-        if environ == b"":
-            environ = _read_environ_of_threads(pid)
-        uid = os.stat(f"/proc/{pid}").st_uid
-        process = Process(stat, uid, command, environ)
-        if self._is_in_exec(process):
-            return
-        self._done[pid] = stat.started
-        if environ is None:
-            self.denied.append(process)
-        self._visit(process)
-
-    def _note_hidden(self, pid: int) -> None:
-        """Note a process that hidepid=1 lists, but does not let be read."""
-        self._done[pid] = 0
-        with contextlib.suppress(OSError):
-            uid = os.stat(f"/proc/{pid}").st_uid
-            unknown = Stat(
-                pid, "", 0, self._since, has_ended=False, is_kernel_thread=False
-            )
-            self.denied.append(Process(unknown, uid, b"", None))
-
-    def _is_in_exec(self, process: Process) -> bool:
-        """Tell whether a process is looked at again: it shows no environment now."""
-        if not process.has_no_environ:
-            return False
-        now = time.monotonic()
-        key = (process.stat.pid, process.stat.started)
-        looks = self._looks.setdefault(key, _Looks(now))
-        looks.count += 1
-        limit = BLANK_TIME if process.is_blank else EXEC_TIME
-        return looks.count < EXEC_LOOKS or now - looks.first < limit
-
-
-@dataclass
-class _Looks:
-    """How often, and since when, a process has shown no environment."""
-
-    first: float
-    count: int = 0
-
-
-def _read_memory(pid: int | str, what: str) -> bytes | None:
+def read_memory(pid: int | str, what: str) -> bytes | None:
     """Read a file of /proc/PID that shows its memory; None where that is denied."""
     try:
         with open(f"/proc/{pid}/{what}", "rb", buffering=0) as file:
@@ -389,12 +199,3 @@ def _read_memory(pid: int | str, what: str) -> bytes | None:
         return None
     except ProcessLookupError:
         return b""  # It has no memory any more, or is a thread of the kernel.
-
-
-def _read_environ_of_threads(pid: int) -> bytes:
-    """Return the environment that other threads show after the first one has ended."""
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        environ = _read_memory(f"{pid}/task/{thread}", "environ")
-        if environ:
-            return environ
-    return b""

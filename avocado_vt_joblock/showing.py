@@ -89,13 +89,13 @@ def _survey(config: dict[str, Any]) -> Survey:
         options.timeout(config[TIMEOUT])
         survey.directory = options.directory(config[DIR])
         directory = LockDirectory(survey.directory)
-        names = directory.names()
-        survey.files = directory.read_locks(names)
+        listing = directory.listing()
+        survey.files = directory.read_locks(listing.lock_names)
         lockfile.judge_by_leftovers(survey.files, LOOK_TIMEOUT)
         survey.files.sort(key=lambda file: file.state)
         # By the clock of this host: to ask that of the file system a file has to be
         # made.
-        survey.waiting = directory.waiting(names, time.time())
+        survey.waiting = directory.tickets(listing, time.time())
         survey.processes = _processes_of_living(survey.files)
         if not os.access(survey.directory, os.W_OK | os.X_OK):
             denied = DirectoryError(Use.WRITE, lockdir.system_error(errno.EACCES))
@@ -111,7 +111,7 @@ def _processes_of_living(files: list[LockFile]) -> dict[str, list[JobProcess]]:
         file
         for file in files
         if file.state in (State.LIVE, State.OUTER)
-        and not file.processes
+        and not file.left.processes
         and not file.is_elsewhere
     ]
     if not living:
@@ -149,11 +149,11 @@ def _as_json(survey: Survey) -> dict[str, Any]:
 
 
 def _lock_as_json(survey: Survey, file: LockFile) -> dict[str, Any]:
-    processes = file.processes or survey.processes.get(file.path, [])
+    processes = file.left.processes or survey.processes.get(file.path, [])
     return {
         "file": file.path,
         "state": file.state.name.lower(),
-        "reason": advice.reason(file) or None,
+        "reason": advice.why_unknown(file) or None,
         "host": file.card.identity.host if file.card else None,
         "pid": file.pid or None,
         "command": file.command() or None,

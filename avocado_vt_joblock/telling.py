@@ -44,7 +44,7 @@ def tell_of_stale(files: list[LockFile]) -> None:
     for file in files:
         if file.not_removed:
             tell(messages.not_removed(file))
-        elif file.reason:
+        elif file.left.obstacle:
             tell(advice.guests_of_others(file))
         else:
             tell(messages.removed(file), logging.INFO, loggers=(JOB_LOG,))

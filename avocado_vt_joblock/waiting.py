@@ -174,5 +174,5 @@ def _situation(error: LockInTheWayError | DirectoryError) -> tuple[object, ...]:
     file = error.file
     if not file:
         return ()
-    has_test = any(process.test_of for process in file.processes)
-    return (file.path, file.state, bool(file.processes), has_test)
+    has_test = any(process.test_of for process in file.left.processes)
+    return (file.path, file.state, bool(file.left.processes), has_test)

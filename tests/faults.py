@@ -18,10 +18,15 @@ from avocado_vt_joblock import (
     lockdir,
     lockfile,
     marks,
+    ownfile,
     procfs,
+    scan,
 )
 
-ROOMS = (lock, lockdir, lockfile, kernellock, card, leftovers, marks, procfs)
+ROOMS = (
+    *(lock, ownfile, lockdir, lockfile, kernellock),
+    *(card, leftovers, marks, scan, procfs),
+)
 # What it does beyond these is to read files of /proc.
 CALLS = {
     *("open", "write", "fchmod", "rename", "scandir", "listdir", "fstat", "read"),
@@ -48,7 +53,7 @@ def _module_io(hook):
 
         def close(self):
             # It may be closed later, when nobody intercepts any more.
-            if self.closed or lock.io.FileIO is not File:
+            if self.closed or ownfile.io.FileIO is not File:
                 super().close()
             else:
                 hook("close", functools.partial(super().close))
@@ -65,7 +70,7 @@ def intercepted(hook):
                 stack.enter_context(
                     mock.patch.object(room, real.__name__, _module(real, hook))
                 )
-        stack.enter_context(mock.patch.object(lock, "io", _module_io(hook)))
+        stack.enter_context(mock.patch.object(ownfile, "io", _module_io(hook)))
         yield
 
 

@@ -75,7 +75,7 @@ def test_what_a_job_writes(directory, held):
     started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     where = f"{os.uname().nodename} {boot} {namespace} {os.getpid()}"
     assert os.readlink(link) == f"{where} {started}"
-    held.leave()
+    held.hand_over()
     assert os.readlink(link) == f"{where} -{started}"
     assert attempt(directory).state == "WON"
     assert os.listdir(directory) == []
@@ -83,13 +83,13 @@ def test_what_a_job_writes(directory, held):
 
 def test_card_is_renewed_and_keeps_when_the_job_came(directory):
     path = lock_path(directory, 1)
-    card.make(path)
-    first = card.read(path)
+    card.make(str(path))
+    first = card.read(str(path))
     time.sleep(0.05)
-    card.make(path)
-    second = card.read(path)
+    card.make(str(path))
+    second = card.read(str(path))
     assert first.came == first.renewed == second.came < second.renewed
-    card.remove(path)
+    card.remove(str(path))
 
 
 # A job of another host.
@@ -295,7 +295,7 @@ from avocado_vt_joblock import lock
 made = lock.JobLock(*sys.argv[1:])
 made.acquire()
 guest = subprocess.Popen(["sleep", "1000"])
-made.leave()
+made.hand_over()
 print(guest.pid, flush=True)
 sys.stdin.readline()
 guest.kill()
@@ -494,7 +494,7 @@ def test_file_system_without_links(directory, start, new_lock):
 
     made = new_lock()
     with intercepted(hook):
-        for how in (made.release, made.leave):
+        for how in (made.release, made.hand_over):
             made.acquire()
             assert cards(directory) == []
             told = attempt(directory)
@@ -576,7 +576,7 @@ def test_ticket_of_a_job_that_was_killed(
     assert (told.state, told.jobs_before) == ("NOT_YET", 1)
     end(first)
     assert contend(made, waits=waits).state == "WON"
-    card.remove(path)
+    card.remove(str(path))
 
 
 def test_ticket_that_was_renewed_in_the_future(directory, ticket, new_lock):
@@ -626,7 +626,7 @@ def test_card_of_a_lock_that_avocado_vt_has_removed(directory, held):
         return call()
 
     with intercepted(hook):
-        held.leave()
+        held.hand_over()
     os.unlink(held.path)
     assert attempt(directory).state == "WON"
     card.remove(held.path)

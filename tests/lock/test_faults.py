@@ -16,7 +16,7 @@ DIED = 77
 ERRORS = ["EIO", "ENOSPC", "EACCES", "EPERM", "EINTR", "ENOLCK"]
 #: A lock is taken, also over stale ones, beside a live one, or by a job that waits for
 #: that one; it is given back, or its file is left.
-SITUATIONS = ["acquire", "stale", "refused", "waiting", "release", "leave"]
+SITUATIONS = ["acquire", "stale", "refused", "waiting", "release", "hand_over"]
 situations = pytest.mark.parametrize("situation", SITUATIONS)
 afters = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 
@@ -69,7 +69,7 @@ class Part:
         if self.situation == "waiting":
             contend(made, waits=True)
             return made, lambda: contend(made, waits=True)
-        if self.situation in ("release", "leave"):
+        if self.situation in ("release", "hand_over"):
             made.acquire()
             return made, lambda: give_up(getattr(made, self.situation))
         return made, lambda: contend(made)
@@ -170,10 +170,10 @@ def check_end(situation, name, told, code, path):
         assert told or not os.path.lexists(path)
     else:
         assert os.path.lexists(path)
-    if situation == "leave" and name in ("stat", "symlink", "rename"):
+    if situation == "hand_over" and name in ("stat", "symlink", "rename"):
         # The card cannot say so: it is live as long as this process is there.
         assert attempt(Path(path).parent).path == path
-        card.remove(path)
+        card.remove(str(path))
 
 
 @situations
@@ -191,7 +191,7 @@ def test_error(part, situation, code):
         made, what = part.begin()
         with failure:
             told = what()
-        if situation in ("release", "leave"):
+        if situation in ("release", "hand_over"):
             check_end(situation, name, told, code, made.path)
         else:
             check_attempt(situation, name, told, code)

@@ -31,7 +31,7 @@ from others import (
 )
 from sandbox import run_as
 
-from avocado_vt_joblock import card, kernellock, leftovers, marks, procfs
+from avocado_vt_joblock import card, kernellock, leftovers, marks, scan
 
 # What proc_pid_stat(5) shows of it is to be read from the last parenthesis on.
 ODD_NAME = f"open('/proc/self/comm', 'w').write('a) Z 0 ('); {WAIT}"
@@ -126,7 +126,7 @@ def test_which_is_told_of_several(directory, monkeypatch):
     """Whoever waits for a live one would be stopped in the end by one that nobody can
     judge."""
     # No look is complete.
-    monkeypatch.setattr(procfs, "SETTLE_TIMEOUT", 0)
+    monkeypatch.setattr(scan, "SETTLE_TIMEOUT", 0)
     contents = {"NOT_NOW": OURS, "LIVE": b"%d" % os.getpid(), "UNKNOWN": b""}
     for number, (state, content) in enumerate(contents.items()):
         path = leave_lock(directory, number, content, age=0)
@@ -277,12 +277,12 @@ def test_stale_lock_of_another_user(directory, mode):
     left = [path, leave_card(path)]
     for _ in range(2):
         (stale,) = attempt_as(SOME_USER, directory).stale
-        assert (stale.path, stale.reason) == (
+        assert (stale.path, stale.left.obstacle) == (
             str(path),
             leftovers.Obstacle.GUESTS_OF_OTHERS,
         )
         assert sorted(directory.iterdir()) == sorted(left)
-    assert attempt(directory).stale[0].reason is None
+    assert attempt(directory).stale[0].left.obstacle is None
     assert list(directory.iterdir()) == []
 
 

@@ -39,7 +39,16 @@ from others import (
 )
 from sandbox import processes, run_as, wait_for
 
-from avocado_vt_joblock import ending, helpers, leftovers, lock, lockdir, marks, procfs
+from avocado_vt_joblock import (
+    ending,
+    helpers,
+    leftovers,
+    lock,
+    lockdir,
+    marks,
+    procfs,
+    scan,
+)
 from avocado_vt_joblock.leftovers import Leftovers, Obstacle
 from avocado_vt_joblock.marks import VARIABLE
 
@@ -337,9 +346,9 @@ def test_end_of_a_job_looks_twice_however_long_it_waits(
     guest = start(command=["sleep", "1" if does_end else "1000"])
     comm = Path(f"/proc/{guest.pid}/comm")
     wait_for(lambda: comm.read_text() == "sleep\n")
-    with mock.patch.object(procfs, "Scan", wraps=procfs.Scan) as scan:
+    with mock.patch.object(leftovers, "Scan", wraps=leftovers.Scan) as scans:
         ending.give_back(held, looks=True)
-    assert scan.call_count == 2
+    assert scans.call_count == 2
     assert (names(directory) == []) == does_end
 
 
@@ -383,7 +392,7 @@ def test_blank_process(
 ):
     """As in an exec. If it hangs there nobody can tell of which of its user's jobs it
     is."""
-    monkeypatch.setattr(procfs, "BLANK_TIME", limit)
+    monkeypatch.setattr(scan, "BLANK_TIME", limit)
     # By so many words the frames of the program are on another page of its stack than
     # their first.
     words = [str(seconds), *[""] * 600]
@@ -408,7 +417,7 @@ if os.path.exists(sys.argv[1]):
 def test_other_process_at_each_look(
     directory, path, rounds, start, tmp_path, monkeypatch, script
 ):
-    monkeypatch.setattr(procfs, "SETTLE_TIMEOUT", 0.5)
+    monkeypatch.setattr(scan, "SETTLE_TIMEOUT", 0.5)
     flag = tmp_path / "flag"
     flag.touch()
     start(flag, script=script, env=MARK)
@@ -421,17 +430,17 @@ def test_other_process_at_each_look(
 
 def test_guest_in_the_middle_of_an_exec(directory, path, start, monkeypatch):
     """For a moment it shows no environment."""
-    guest, looks, read = start(env=MARK), [], procfs._read_memory
+    guest, looks, read = start(env=MARK), [], procfs.read_memory
 
     def read_too_early(pid, what):
         # Each look asks for that of the process, and for that of its only thread.
-        is_early = len(looks) < 2 * (procfs.EXEC_LOOKS - 1)
+        is_early = len(looks) < 2 * (scan.EXEC_LOOKS - 1)
         if what == "environ" and str(guest.pid) in str(pid) and is_early:
             looks.append(pid)
             return b""
         return read(pid, what)
 
-    monkeypatch.setattr(procfs, "_read_memory", read_too_early)
+    monkeypatch.setattr(procfs, "read_memory", read_too_early)
     assert attempt(directory).pids == {guest.pid}
 
 
@@ -834,7 +843,7 @@ def test_look_that_ends_when_its_time_is_over(directory, path, monkeypatch):
         gate.wait()
         return b"-"
 
-    monkeypatch.setattr(procfs, "_read_memory", read)
+    monkeypatch.setattr(procfs, "read_memory", read)
     look = leftovers.Look.take(since=0, timeout=0.2)
     gate.set()
     wait_for(lambda: not look._scan.is_running)

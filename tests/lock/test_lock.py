@@ -21,7 +21,7 @@ from others import attempt, cards, contend, leave_lock, lock_path, names, proces
 from avocado_vt_joblock import kernellock, lock, lockdir, lockfile, marks
 
 JOB_ID = "0123456789abcdef0123456789abcdef01234567"
-ends = pytest.mark.parametrize("end", ["release", "leave"])
+ends = pytest.mark.parametrize("end", ["release", "hand_over"])
 
 
 def is_locked(path):
@@ -87,9 +87,9 @@ def test_end(directory, new_lock, end):
         assert (made.is_held, names(directory)) == (True, [Path(made.path).name])
         give_up()
         made.release()
-        made.leave()
+        made.hand_over()
         assert (made.is_held, marks.own()) == (False, set())
-        stays = end == "leave"
+        stays = end == "hand_over"
         assert names(directory) == [Path(made.path).name] * stays
         assert len(cards(directory)) == stays
         assert attempt(directory).state == "WON"
@@ -106,7 +106,7 @@ def test_lock_that_a_job_has_left_after_it_has_waited_stays(
     held.release()
     made.acquire(waits=True)
     guest = start()
-    made.leave()
+    made.hand_over()
     made.abandon()
     assert names(directory) == [Path(made.path).name]
     assert cards(directory) == [f".{Path(made.path).name}.host"]
@@ -298,6 +298,6 @@ def test_cleaners_of_tmp_see_that_a_file_is_in_use(held, start):
     ask = ["flock", "--nonblock", "--shared", held.path, "true"]
     start(close_fds=False)
     assert subprocess.run(ask, check=False).returncode == 1
-    held.leave()
+    held.hand_over()
     assert subprocess.run(ask, check=False).returncode == 0
     assert not is_locked(held.path)

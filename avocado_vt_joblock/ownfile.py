@@ -1,0 +1,130 @@
+"""A job's own lock file: published, removed, or handed over.
+
+At first the file has a dot before its name, so others do not see it. It is *published*
+by its rename, when it has its content and its kernel lock. When the job ends the file
+is removed. Or it is *handed over* to the processes that the job has started: it stays,
+its kernel lock goes, and its card says so. It then keeps others out only as long as one
+of these processes runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+
+from avocado_vt_joblock import card, kernellock, lockdir
+from avocado_vt_joblock.lockdir import ReportedAs, Use
+
+
+class OwnFile:
+    """The lock file of a job, seen from that job's own process.
+
+    :param path: where it is to lie
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        directory, self.name = os.path.split(path)
+        self._unpublished = os.path.join(directory, f".{self.name}")
+        self._open: io.FileIO | None = None  # whoever has it open has the kernel lock
+
+    def publish(self) -> None:
+        """Make the file, and let others see it when it is complete.
+
+        :raises DirectoryError: when the system refuses that
+        """
+        with ReportedAs(Use.WRITE):
+            self._open = self._open_new()
+        fd = self._open.fileno()
+        with ReportedAs(Use.LOCK):
+            kernellock.take(fd)
+        with contextlib.suppress(OSError):
+            # For systemd-tmpfiles, which deletes no file that has a flock. Never use
+            # LOCK_SH or LOCK_UN: on NFS both lose the kernel lock.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ReportedAs(Use.WRITE):
+            text = b"%d\n\n" % os.getpid()
+            if os.write(fd, text) < len(text):
+                raise lockdir.system_error(errno.ENOSPC)
+            with contextlib.suppress(OSError):
+                # Whatever the umask: everybody may read who holds the lock. That is a
+                # courtesy, and CIFS and FUSE may refuse it.
+                os.fchmod(fd, 0o644)
+            os.rename(self._unpublished, self.path)
+
+    def check(self) -> None:
+        """Check that the file is still in its place.
+
+        :raises FileNotFoundError: when somebody has removed or replaced it
+        :raises OSError: when the system does not tell
+        """
+        if not self._open or self._open.closed:
+            raise lockdir.system_error(errno.ENOENT)
+        status = os.fstat(self._open.fileno())
+        try:
+            is_own = os.path.samestat(os.lstat(self.path), status)
+        except FileNotFoundError:
+            card.remove(self.path)  # Without its file it is litter.
+            raise
+        if not is_own:
+            raise lockdir.system_error(errno.ENOENT)
+
+    def remove(self) -> None:
+        """Remove the file with its card.
+
+        :raises OSError: when it cannot be removed
+        """
+        os.unlink(self.path)
+        card.remove(self.path)
+
+    def hand_over(self) -> None:
+        """Let the file keep others out only while a process runs that the job started.
+
+        Otherwise it would do so for as long as this process runs, and maybe a child
+        that has inherited the open file.
+        """
+        card.hand_over(self.path)
+        if self._open:
+            with contextlib.suppress(OSError, ValueError):
+                kernellock.drop(self._open.fileno())
+
+    def withdraw(self, *, keeps_card: bool) -> None:
+        """Remove what there is of it after a failed attempt.
+
+        :param keeps_card: whether the card stays, as a ticket, and is renewed
+        """
+        with contextlib.suppress(OSError):
+            os.unlink(self._unpublished)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+        except OSError:
+            self.hand_over()
+            return
+        if keeps_card:
+            card.make(self.path)
+        else:
+            card.remove(self.path)
+
+    def close(self) -> None:
+        """Give the kernel lock up, if it is still there."""
+        if self._open:
+            with contextlib.suppress(OSError):
+                self._open.close()
+        self._open = None
+
+    def _open_new(self) -> io.FileIO:
+        """Open a new file that nobody else may open before the kernel lock is there."""
+        try:
+            return io.FileIO(self._unpublished, "x+", opener=_open_private)
+        except FileExistsError:
+            # An earlier attempt of this job has failed to remove it.
+            os.unlink(self._unpublished)
+            return io.FileIO(self._unpublished, "x+", opener=_open_private)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, mode=0o600)
