@@ -8,25 +8,44 @@ this file:
 ``holding``     ``avocado vt-joblock run``: hold the lock while a command runs
 ``plugin``      what Avocado calls before and after a job
 ``refusal``     a stopped job: it undoes nothing, and is red in every result
-``waiting``     a job's turn: attempts, and what is told meanwhile
-``ending``      the end of a job: wait for the rest of it, release the lock or leave it
+``waiting``     a job that waits: attempts, and what is told meanwhile
+``ending``      the end of a job: wait for its leftovers, then give the lock up
 ``telling``     how a job tells its user and its log
 ``messages``    the texts that it tells
 ``advice``      what is said of a lock that is in the way, and what to do about it
 ``formats``     how times, users and anybody's words are written
 ``settings``    the options: registered, and found in config files
 ``options``     the options: parsed and checked
-``lock``        the protocol: how a lock is acquired, released and left
+``lock``        the protocol: how a job takes the lock and gives it up
+``ownfile``     the job's own lock file
 ``lockdir``     the lock directory: its guard, its files, who waits in it
-``lockfile``    a lock file, and the one verdict on it
-``kernellock``  the lock of the kernel on that file
+``lockfile``    the lock file of any job, and the one verdict on it
+``kernellock``  the lock of the kernel on such a file
 ``card``        a job's card: its host, its boot, its process
-``leftovers``   what is left of a job
+``leftovers``   what still runs of a job that has ended
 ``helpers``     programs beside the guests, which do not count
 ``marks``       what all processes of a job have in their environment
-``procfs``      what /proc tells of processes
+``scan``        a look at all processes of the host
+``procfs``      what /proc tells of one process
 
 Avocado loads ``settings`` and ``command`` at every start, and ``plugin`` for every job.
+
+Its words:
+
+VT test      a test of avocado-vt; it runs guests, which are QEMU processes
+contender    a job that tries to take the lock; one try is an attempt
+holder       the job that has the lock
+lock file    one job's file in the lock directory; "a lock" is short for it
+in the way   so is a lock that keeps a contender from taking its own
+stale lock   a lock of a job of which nothing runs any more; it is not in the way
+kernel lock  what a holder has on its lock file, so that the kernel tells if it lives
+card         a link beside the lock file that tells which process holds that
+ticket       the card of a job that waits: it has no lock file
+guard        a flock on the directory: contenders of one host go one after the other
+mark         a variable in the environment of all that a holder starts
+leftovers    processes of a job that still run when it has ended
+to release   to remove one's lock file at the end of the job
+to hand over to keep that file instead, for as long as there are leftovers
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
 """The card of a job: on which host it runs, and as which process there.
 
-The kernel lock on a lock file tells whether its holder lives, but it can be wrong: on
-NFS after the network was away, on file systems that carry no locks, and after code in
-the job's process has closed files that it had not opened. So a second witness lies
-beside the lock file ``NAME``: a symbolic link ``.NAME.host`` whose target is a text,
-for example "hv3.lab 1a2b3c4d 4026531836 4242 812345". Nobody follows it.
+A card is a symbolic link. That of the lock file ``NAME`` is called ``.NAME.host``, and
+its target is a text, for example "hv3.lab 1a2b3c4d 4026531836 4242 812345". Nobody
+follows it.
 
-Anybody can make a card or a lock file, and so stop a job. But a card shows that a lock
-is stale only if both have the same owner.
+It is a second witness that the holder of a lock lives. The first one, the kernel lock,
+can be wrong: on NFS after the network was away, on file systems that carry no locks,
+and after code in the job's process has closed files that it had not opened.
 
-A job that waits has a card without a lock file. That is its ticket. The link's mtime is
-when the job began to wait, and never changes. The job renews its ticket at each
-attempt: the link's ctime shows that it lives.
+Anybody can make a card, and so stop a job. But nobody can free another's lock with one:
+a card that makes a lock stale counts only if the lock file has the same owner.
+
+A job that waits has a card, but no lock file. That card is its ticket. The mtime of the
+link is when the job came, and stays. At each attempt the job renews the link's ctime,
+which shows that it lives.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ from avocado_vt_joblock import procfs
 CLOCK_SLACK = 10.0
 
 #: Host, boot, PID namespace, PID, start time. A minus before the start time says that
-#: the job has ended and its lock file stays for what it started,
-#: as in "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
+#: the lock file was handed over: "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
 _TEXT = re.compile(
     r"(?P<host>\S{1,255}) (?P<boot>\S{8}) (?P<pid_namespace>[0-9]{1,20})"
     r" (?P<pid>[0-9]{1,10}) (?P<is_handed_over>-?)(?P<started>[0-9]{0,20})",
@@ -40,11 +41,11 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Identity:
-    """Where a process runs: its host, and what one boot of that knows it by."""
+    """What one process of all hosts and boots is known by."""
 
-    host: str  # the node name
-    boot: str  # the first eight digits of the boot's id
-    pid_namespace: int  # its inode
+    host: str  # the node name of its host
+    boot: str  # the first eight digits of the id of the boot
+    pid_namespace: int  # the inode of its PID namespace
     pid: int
     started: int  # in ticks since boot
 
@@ -54,17 +55,20 @@ class Card:
     """A card as it was found."""
 
     identity: Identity
-    is_handed_over: (
-        bool  # whether the job has left its lock file to what still runs of it
-    )
+    is_handed_over: bool  # whether its lock file was handed over to leftovers
     uid: int  # the owner of the link
-    came: float  # when it was first made, in seconds by the clock of the file system
-    renewed: float  # when the card was last renewed, in the same way
-    here: Identity  # the process that has found it
+    # Both in seconds since the Epoch, by the clock of the file system:
+    came: float  # when the job made the card
+    renewed: float  # when the job last renewed it, or when it made it
+    here: Identity  # this process, which has read the card
 
     @property
     def is_of_another_host(self) -> bool:
-        """Whether the job runs where nothing can be looked at from here."""
+        """Whether the job runs where nothing can be looked at from here.
+
+        A container of this host has another host name, but the same boot. This host
+        before it was booted has another boot, but the same name.
+        """
         here = self.here
         return self.identity.host != here.host and self.identity.boot != here.boot
 
@@ -81,11 +85,11 @@ class Card:
 
     @property
     def earliest_start(self) -> int:
-        """A start time in ticks of this boot: no process of the job is older.
+        """A start time in ticks: no process of the job has started before that.
 
-        That is when the job's own process started, by the card. The ticks of a time
-        namespace (time_namespaces(7)) differ from those here, so the moment at which
-        the card was made is the upper limit.
+        It is when the job's own process started, by the card. In a time namespace
+        (time_namespaces(7)) a process reads other ticks than here, so the card may
+        tell a time that is too late: the moment at which it was made is the limit.
         """
         if not self.is_of_this_boot:
             return 0
@@ -94,7 +98,7 @@ class Card:
 
     @property
     def writer_lives(self) -> bool:
-        """Whether the job's own process is seen here, and has not left the file."""
+        """Whether the job's own process is seen to run, and has not handed over."""
         if self.is_handed_over or not self.is_of_this_pid_namespace:
             return False
         if not procfs.shows_own_namespace():
@@ -185,47 +189,40 @@ def read(lock_path: str) -> Card | None:
 def make(lock_path: str) -> None:
     """Make the card of this process, or renew it.
 
-    A card that is renewed keeps its mtime. If it cannot be made the job goes on
-    without.
+    If that is refused the job goes on without a card.
     """
     path = path_of(lock_path)
     with contextlib.suppress(OSError):
         try:
             os.symlink(_text(), path)
         except FileExistsError:
-            _renew(path)
+            _renew(path, mtime_of=path)
 
 
 def hand_over(lock_path: str) -> None:
     """Have the card say that its lock file was handed over."""
     path = path_of(lock_path)
-    # The new card takes the place of the old one at once. A lock without a card would
-    # look stale on another host.
     with contextlib.suppress(OSError):
         # It is there already if an earlier call was interrupted.
         with contextlib.suppress(FileExistsError):
             os.symlink(_text(is_handed_over=True), f"{path}.new")
         with contextlib.suppress(OSError):
-            _keep_times(path, f"{path}.new")
+            _renew(f"{path}.new", mtime_of=path)
+        # At once: a lock without a card would look stale on another host.
         os.rename(f"{path}.new", path)
-
-
-def _renew(path: str) -> None:
-    """Set the ctime of a link to now, and keep its mtime."""
-    _keep_times(path, path)
-
-
-def _keep_times(old: str, new: str) -> None:
-    """Give a new link the mtime of the old one; its ctime becomes now."""
-    status = os.lstat(old)
-    times = status.st_atime_ns, status.st_mtime_ns
-    os.utime(new, ns=times, follow_symlinks=False)
 
 
 def remove(lock_path: str) -> None:
     """Remove a card, after its lock file."""
     with contextlib.suppress(OSError):
         os.unlink(path_of(lock_path))
+
+
+def _renew(link: str, *, mtime_of: str) -> None:
+    """Set the mtime of a link to that of a card, and so its ctime to now."""
+    status = os.lstat(mtime_of)
+    times = status.st_atime_ns, status.st_mtime_ns
+    os.utime(link, ns=times, follow_symlinks=False)
 
 
 def _text(*, is_handed_over: bool = False) -> str:

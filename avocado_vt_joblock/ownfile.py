@@ -118,13 +118,11 @@ class OwnFile:
 
     def _open_new(self) -> io.FileIO:
         """Open a new file that nobody else may open before the kernel lock is there."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            return io.FileIO(self._unpublished, "x+", opener=_open_private)
+            fd = os.open(self._unpublished, flags, mode=0o600)
         except FileExistsError:
             # An earlier attempt of this job has failed to remove it.
             os.unlink(self._unpublished)
-            return io.FileIO(self._unpublished, "x+", opener=_open_private)
-
-
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, mode=0o600)
+            fd = os.open(self._unpublished, flags, mode=0o600)
+        return io.FileIO(fd, "r+")  # It is closed even if nobody does so.

@@ -1,9 +1,9 @@
 """A stopped job: it undoes nothing, and is red in every result.
 
-At the end of each job Avocado calls ``post_tests`` of other plugins, and runs the
-post-job scripts. It does so also if the job was stopped before its tests. That could
-undo what the holder of the lock has set up. So a job that has not got the lock is
-disarmed.
+At the end of each job Avocado calls ``post_tests`` of other plugins and runs the
+post-job scripts. For a job that was stopped before its tests it does so, too. But what
+they undo may be of another job: the one that holds the lock, with the same images. So a
+job is disarmed of both until it has the lock.
 """
 
 from __future__ import annotations
@@ -28,39 +28,40 @@ _NO_SCRIPTS = {
     "plugins.jobscripts.post": os.devnull,
     "plugins.jobscripts.warn_non_existing_dir": False,
 }
-#: Where a job keeps what it was disarmed of, and what its results were before they
-#: showed that it was stopped: Avocado makes new plugins for each run of it.
+# A program may run the same job again after it was stopped, and Avocado makes new
+# plugins for each run. So what is to be restored is kept in two attributes of the job.
+#: What it was disarmed of.
 _DISARMED = "_vt_joblock_disarmed"
+#: What its results were before they showed that it was stopped.
 _RESULTS = "_vt_joblock_results"
 
 
 def disarm(job: Job) -> None:
-    """Keep a job from undoing what the holder of the lock has set up."""
-    kept = vars(job)
-    if _DISARMED not in kept:
+    """Have a job call no ``post_tests`` and run no post-job script."""
+    attributes = vars(job)
+    if _DISARMED not in attributes:
         scripts = {key: job.config.get(key) for key in _NO_SCRIPTS}
-        kept[_DISARMED] = (job.post_tests, scripts)
-    kept["post_tests"] = lambda: None
+        attributes[_DISARMED] = (job.post_tests, scripts)
+    attributes["post_tests"] = lambda: None
     job.config.update(_NO_SCRIPTS)
 
 
 def rearm(job: Job) -> None:
     """Give a job back what it was disarmed of, if it was."""
-    kept = vars(job)
-    if _DISARMED in kept:
-        post_tests, scripts = kept[_DISARMED]
-        kept["post_tests"] = post_tests
+    attributes = vars(job)
+    if _DISARMED in attributes:
+        attributes["post_tests"], scripts = attributes[_DISARMED]
         job.config.update(scripts)
-        del kept[_DISARMED]
+        del attributes[_DISARMED]
 
 
 def forget(job: Job) -> None:
-    """If an earlier run of this job was stopped, undo what that changed in it."""
+    """Undo what stop() has changed in a job when it was run before, if it was."""
     rearm(job)
-    results = vars(job).pop(_RESULTS, None)
-    if results:
-        job.status, shown = results
-        vars(job.result).update(shown)
+    before = vars(job).pop(_RESULTS, None)
+    if before:
+        job.status, result = before
+        vars(job.result).update(result)
 
 
 def stop(job: Job, error: BaseException, directory: object) -> BaseException:
@@ -136,20 +137,21 @@ def _show_in_results(job: Any, text: str, headline: str) -> None:
         "time_elapsed": 0.0,
     }
     result = job.result
-    shown = {**vars(result), "tests": list(result.tests)}
-    vars(job)[_RESULTS] = (job.status, shown)
+    before = {**vars(result), "tests": list(result.tests)}
+    vars(job)[_RESULTS] = (job.status, before)
     result.tests_total = 1
     result.check_test(state)
-    # Avocado writes no HTML report for a job whose status is ERROR.
+    # With "ERROR" Avocado would write no HTML report.
     job.status = "INTERRUPTED"
     _show_in_tap(job, state)
 
 
 def _show_in_tap(job: Job, state: dict[str, Any]) -> None:
-    """Have Avocado's TAP plugin write the error: there is no event for it.
+    """Have Avocado's TAP plugin write the error.
 
-    It is a new object: if the program runs the job again, that of the job would write
-    into files that are closed.
+    The other reports are made from the results at the end of the job. But that plugin
+    writes at events, and a stopped job has none. Here it is a new object with new
+    files: that of the job must still be good if a program runs the job again.
     """
     from avocado.plugins.tap import TAPResult
 
