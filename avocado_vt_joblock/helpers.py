@@ -1,7 +1,7 @@
 """Helpers: programs that Avocado and avocado-vt start, and that touch no guest image.
 
-They may outlive the guest for which they were started, some of them for ever. A lock
-that waits for them would never be free again.
+They may outlive the guest for which they were started, some of them for ever. If they
+kept the lock, it would never be free again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ HELPERS = frozenset(
         "vmstat",
     ]
 )
-#: How long ``aexpect_helper`` may be about to start a guest, in seconds. It counts
-#: then.
+#: Up to this age, in seconds, an ``aexpect_helper`` is no helper: it may be about to
+#: start a guest.
 HELPER_START = 10.0
 
 #: For example "python3.11", "bash".
@@ -64,4 +64,4 @@ def program(words: list[str]) -> str:
     line = _AEXPECT_ECHO.sub("", line)
     if _MORE_COMMANDS.search(line):
         return ""
-    return line.split(maxsplit=1)[0] if line.split() else ""
+    return next(iter(line.split()), "")

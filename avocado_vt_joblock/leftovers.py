@@ -49,8 +49,8 @@ class JobProcess:
             return False
         if trace.lock_name in self.marks:
             return True
-        # A user can give two jobs the same id. So it does not count where a mark can be
-        # read: that is of the other job.
+        # A user can give two jobs the same id. So the id does not count if the process
+        # has a mark: that is of the other job.
         if self.test_of == trace.job_id and not self.marks:
             return True
         # It may be a test or guest whose exec(2) hangs.
@@ -64,9 +64,9 @@ class Obstacle(enum.Enum):
     NO_THREAD = enum.auto()  # no thread can be started for the look
     HANGING = enum.auto()  # a process does not answer: others are not looked at
     HIDDEN = enum.auto()  # /proc is mounted with hidepid
-    DENIED = enum.auto()  # one that may be a guest may not be read
-    RESTLESS = enum.auto()  # some are new at each look
-    GUESTS_OF_OTHERS = enum.auto()  # an ordinary user sees another one's tests only
+    DENIED = enum.auto()  # a process that may be a guest cannot be read
+    RESTLESS = enum.auto()  # processes start and end too fast to read them all
+    GUESTS_OF_OTHERS = enum.auto()  # of another user's job, one sees only the tests
     INTERRUPTED = enum.auto()  # Ctrl-C has ended the look
 
     @property
@@ -154,7 +154,7 @@ class Look:
         return procfs.is_running(process.pid, process.started)
 
     def _obstacle(self, trace: Trace) -> tuple[Obstacle | None, str]:
-        """Return what may hide processes of a job, the worst first, with its detail."""
+        """Return the worst thing that may hide processes of a job, and its detail."""
         scan = self._scan
         if not scan:
             return Obstacle.NO_THREAD, ""
@@ -208,7 +208,7 @@ def _may_be_guest(process: Process, trace: Trace, scan: Scan) -> bool:
         return is_of_other_user  # Root without CAP_SYS_PTRACE, as in many containers.
     if is_of_other_user:
         return False  # An ordinary user sees no guests of others: GUESTS_OF_OTHERS.
-    # One of the same user, but of another group: by sg(1), newgrp(1) or a service.
+    # That of the same user is denied if its group is another: sg(1), newgrp(1).
     return process.uid == trace.uid
 
 

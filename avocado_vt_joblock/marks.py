@@ -3,7 +3,7 @@
 A job marks its own process while it holds a lock, and all that it starts inherits that:
 the runners, their tests, the guests, and the helpers of these. The variable has the
 names of the lock files, with a colon between them. ``env -u AVOCADO_VT_JOBLOCK
-COMMAND`` starts what shall not be of a job.
+COMMAND`` starts a process that is not of the job.
 """
 
 import os
@@ -12,8 +12,8 @@ import threading
 #: It keeps this name: jobs of different versions look for what is left of each other.
 VARIABLE = "AVOCADO_VT_JOBLOCK"
 
-# Two threads that change the variable at once would lose one of the changes. A thread
-# that has been interrupted by Ctrl-C while it held this lock can take it again.
+# Two threads that change the variable at once would lose one of the changes. It is an
+# RLock, since Ctrl-C may stop a thread that has it, which then takes it once more.
 _lock = threading.RLock()
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-#: How long the command line of one process may be waited for, in seconds.
+#: How long to wait for the command line of one process, in seconds.
 COMMAND_TIMEOUT = 1.0
 
 #: PF_KTHREAD of the kernel's include/linux/sched.h, a flag in /proc/PID/stat.
@@ -56,7 +56,7 @@ def read_stat(pid: int) -> Stat:
     with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
         text = os.fsdecode(file.read())
     # For example: 4242 (qemu-system-x86) S 1 4242 4242 0 -1 4194560 9012 0 0 0 12 5 ...
-    # The name in parentheses may itself hold any, so the last ")" ends it.
+    # The name may itself hold parentheses, so the last ")" ends it.
     head, _, tail = text.rpartition(")")
     fields = tail.split()
     state, parent, flags = fields[0], int(fields[1]), int(fields[6])
@@ -66,7 +66,7 @@ def read_stat(pid: int) -> Stat:
         name=head.partition("(")[2],
         parent=parent,
         started=started,
-        # A process of which only the first thread has ended looks like a zombie, too.
+        # The state is Z also if only the first thread of several has ended.
         has_ended=state in ("Z", "X") and threads <= 1,
         is_kernel_thread=bool(flags & _KERNEL_THREAD),
     )

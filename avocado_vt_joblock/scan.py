@@ -1,11 +1,13 @@
 """A scan: a bounded look at all processes of the host but this one.
 
-Processes start and end while it looks, and it must miss none. So it goes in rounds: in
-each it lists /proc and reads the processes that are new. It has seen all when a round
-finds nothing new, and none has ended during that round.
+It must miss no process of a job, though processes start and end while it looks. So it
+goes in rounds. In each one it lists /proc, and reads the listed processes that it has
+not read before. It has seen all after a round in which it could read each of these
+before it ended. If one has ended it may have started a child after the listing: only
+another round shows that.
 
-To read a process may take for ever, when that process waits for storage that is dead.
-So a scan reads in a thread of its own. Such a thread is left behind.
+To read a process may take for ever, if that process waits for storage that is dead. So
+a scan reads in a thread of its own. A thread that cannot go on is left behind.
 """
 
 from __future__ import annotations
@@ -20,20 +22,21 @@ from dataclasses import dataclass
 from avocado_vt_joblock import procfs
 from avocado_vt_joblock.procfs import Stat
 
-#: For how long a scan makes rounds, in seconds: on a busy host processes may start for
-#: ever.
+#: For how long a scan makes rounds, in seconds: on a busy host some process may end in
+#: each of them.
 SETTLE_TIMEOUT = 3.0
 #: How long it waits between two rounds in which nothing has ended, in seconds.
 ROUND_PAUSE = 0.005
 
-# During an exec(2), and when it ends, a process shows no environment for some
-# microseconds. So one that shows none is read again in the next rounds. If it still
-# shows none after that it was started without one.
-#: How often it is read at least.
-EXEC_LOOKS = 3
-#: How far the first and the last of these looks are apart at least, in seconds.
+# During an exec(2), and when a process ends, it shows no environment for some
+# microseconds. So a process that shows none is read again in the next rounds. If it
+# never shows one it was started without.
+#: How often such a process is read, at least.
+EXEC_READS = 3
+#: How much time is between the first and the last of these reads, at least, in seconds.
 EXEC_TIME = 0.005
-#: The same where its command line is empty, too: it may be stuck in its exec(2).
+#: The time instead of EXEC_TIME for a process that shows no command line either, in
+#: seconds: it may be stuck in its exec(2).
 BLANK_TIME = 0.5
 
 
@@ -61,7 +64,7 @@ class Process:
 
 
 @dataclass
-class _Looks:
+class _Reads:
     """How often, and since when, a process has shown no environment."""
 
     first: float  # by the monotonic clock
@@ -69,9 +72,9 @@ class _Looks:
 
 
 class Scan:
-    """A scan of the processes that have not started before a certain time.
+    """A scan of the processes that have started at a certain time or later.
 
-    :param since: that time, in ticks
+    :param since: that time, in ticks since boot
     :param timeout: how long the scan may take, in seconds
     :param visit: called in the thread, once with each process that was read
     :raises RuntimeError: when no thread can be started
@@ -91,8 +94,8 @@ class Scan:
         self._since = since
         self._timeout = timeout
         self._visit = visit
-        # Then no more reads begin. The rest of the time is for the read that is under
-        # way: if that does not end by then, its process hangs.
+        # After this moment no new read begins. The time from here to the timeout is for
+        # the last read: if that has not ended by the timeout, its process hangs.
         self._deadline = time.monotonic() + min(SETTLE_TIMEOUT, timeout / 2)
         self._has_seen_all = False
         self._failure: BaseException | None = None
@@ -100,8 +103,8 @@ class Scan:
         # What is not to be read again: PIDs with their start times, or None for one
         # whose start time is hidden.
         self._done: dict[int, int | None] = {}
-        # Of processes without an environment, named by PID and start time.
-        self._looks: dict[tuple[int, int], _Looks] = {}
+        # The reads of processes that show no environment, by PID and start time.
+        self._reads: dict[tuple[int, int], _Reads] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -141,29 +144,27 @@ class Scan:
     def _make_round(self) -> bool:
         """Read the processes that are new; return whether all have been seen."""
         listed = {int(name) for name in os.listdir("/proc") if name.isdigit()}
-        self._forget_ended(listed)
+        done_before = dict(self._done)
         some_ended = False
-        for pid in listed - self._done.keys():
+        # New ones are read first, since on a busy host many of them end soon.
+        for pid in listed - done_before.keys():
             if time.monotonic() > self._deadline:
                 return False
             if not self._look_at(pid):
                 some_ended = True
+        for pid, started in done_before.items():
+            # Otherwise the PID is that of another process now, and is read again.
+            if pid not in listed or not _may_be_the_same(pid, started):
+                del self._done[pid]
         if some_ended:
-            # One may have started a child after /proc was listed.
             return False
         has_seen_all = listed <= self._done.keys()
         if not has_seen_all:
             time.sleep(ROUND_PAUSE)
         return has_seen_all
 
-    def _forget_ended(self, listed: set[int]) -> None:
-        """Have a PID read again if another process may have it now."""
-        for pid, started in list(self._done.items()):
-            if pid not in listed or not _may_have_started(pid, started):
-                del self._done[pid]
-
     def _look_at(self, pid: int) -> bool:
-        """Read a process if that is of use; return whether it has not ended."""
+        """Read a process if that is of use; return False if it has ended."""
         try:
             stat = self._at = procfs.read_stat(pid)
             if stat.started < self._since:
@@ -189,8 +190,8 @@ class Scan:
     def _note_hidden(self, pid: int) -> None:
         """Note a process of which only the PID and the user can be seen.
 
-        With hidepid=1 that is all that /proc shows of other users' processes. As its
-        start time is not known, it counts as one that has not started too early.
+        With hidepid=1 that is all that /proc shows of other users' processes. Its start
+        time is unknown, so it may have started late enough to be of a job.
         """
         self._done[pid] = None
         with contextlib.suppress(OSError):
@@ -206,17 +207,17 @@ class Scan:
             return False
         now = time.monotonic()
         key = (process.stat.pid, process.stat.started)
-        looks = self._looks.setdefault(key, _Looks(now))
-        looks.count += 1
+        reads = self._reads.setdefault(key, _Reads(now))
+        reads.count += 1
         limit = BLANK_TIME if process.is_blank else EXEC_TIME
-        return looks.count < EXEC_LOOKS or now - looks.first < limit
+        return reads.count < EXEC_READS or now - reads.first < limit
 
 
-def _may_have_started(pid: int, started: int | None) -> bool:
-    """Tell whether a PID may still be that of a process with this start time."""
+def _may_be_the_same(pid: int, started: int | None) -> bool:
+    """Tell whether a PID may still be that of the process that was read."""
     with contextlib.suppress(PermissionError, FileNotFoundError, ProcessLookupError):
         return procfs.read_stat(pid).started == started
-    # It is hidden, so nobody can tell, or it is gone, so the next listing lacks it.
+    # It is hidden, and nobody can tell. Or it is gone, and the next listing lacks it.
     return True
 
 

@@ -434,7 +434,7 @@ def test_guest_in_the_middle_of_an_exec(directory, path, start, monkeypatch):
 
     def read_too_early(pid, what):
         # Each look asks for that of the process, and for that of its only thread.
-        is_early = len(looks) < 2 * (scan.EXEC_LOOKS - 1)
+        is_early = len(looks) < 2 * (scan.EXEC_READS - 1)
         if what == "environ" and str(guest.pid) in str(pid) and is_early:
             looks.append(pid)
             return b""
