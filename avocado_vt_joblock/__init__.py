@@ -1,13 +1,12 @@
 """A job lock for Avocado: no two jobs with VT tests at once in one lock directory.
 
-Its rooms, each of which imports only from those below it, and the names at the end of
-this file:
+Its modules. Each one imports only from those below it, and from this file:
 
 ``command``     the command ``avocado vt-joblock``, and the options of ``avocado run``
 ``showing``     ``avocado vt-joblock show``: who holds the lock, and who waits
 ``holding``     ``avocado vt-joblock run``: hold the lock while a command runs
 ``plugin``      what Avocado calls before and after a job
-``refusal``     a stopped job: it undoes nothing, and is red in every result
+``refusal``     a stopped job: its clean-up does not run, all results show an error
 ``waiting``     a job that waits: attempts, and what is told meanwhile
 ``ending``      the end of a job: wait for its leftovers, then give the lock up
 ``telling``     how a job tells its user and its log
@@ -23,7 +22,7 @@ this file:
 ``kernellock``  the lock of the kernel on such a file
 ``card``        a job's card: its host, its boot, its process
 ``leftovers``   what still runs of a job that has ended
-``helpers``     programs beside the guests, which do not count
+``helpers``     programs that run beside the guests, and are no leftovers
 ``marks``       what all processes of a job have in their environment
 ``scan``        a look at all processes of the host
 ``procfs``      what /proc tells of one process
@@ -36,9 +35,9 @@ VT test      a test of avocado-vt; it runs guests, which are QEMU processes
 contender    a job that tries to take the lock; one try is an attempt
 holder       the job that has the lock
 lock file    one job's file in the lock directory; "a lock" is short for it
-in the way   so is a lock that keeps a contender from taking its own
+in the way   said of a lock that keeps a contender from taking its own
 stale lock   a lock of a job of which nothing runs any more; it is not in the way
-kernel lock  what a holder has on its lock file, so that the kernel tells if it lives
+kernel lock  a lock of the kernel on a lock file; it tells whether the holder lives
 card         a link beside the lock file that tells which process holds that
 ticket       the card of a job that waits: it has no lock file
 guard        a flock on the directory: contenders of one host go one after the other

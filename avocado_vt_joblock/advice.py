@@ -1,4 +1,4 @@
-"""What is said of a lock that is in the way, and of what is left of a job: with advice.
+"""What is said of a lock that is in the way, and of leftovers: each with advice.
 
 Each text says what happened, then what that means for the reader, then what to do. Its
 lines fit a terminal of 80 columns where names are of usual length.
@@ -18,7 +18,7 @@ from avocado_vt_joblock.marks import VARIABLE
 PROCESS_LIMIT = 20
 
 _DO_NOT_REMOVE = "Do not remove the file: two jobs at once destroy each other's images."
-_OWN_DIRECTORY = f"""If this job shares no guest images with that one, give it a lock
+_OWN_DIRECTORY = f"""A job that shares no guest images with that one can have a lock
 directory of its own: --vt-joblock-dir DIR, or {DIR}."""
 _FLAWS = {
     Flaw.SYSTEM: "{}",
@@ -78,7 +78,7 @@ def on_waiting(file: LockFile) -> str:
 
 
 def on_showing(file: LockFile, processes: list[JobProcess]) -> str:
-    """Say what a lock is.
+    """Say for ``show`` what a lock is.
 
     :param file: the lock
     :param processes: what is seen to run of its job, if its own process lives
@@ -88,17 +88,17 @@ def on_showing(file: LockFile, processes: list[JobProcess]) -> str:
     elif file.left.obstacle:
         text = guests_of_others(file)
     else:
-        text = f"a stale lock: the next job removes it.{_facts(file)}"
+        text = f"a stale lock: a later job removes it.{_facts(file)}"
     if processes:
         text += f"\nWhat runs of that job:{listed(Leftovers(processes))}"
     return text
 
 
 def how_to_wait(*, has_waited: bool) -> str:
-    """Say how a job waits, or waits longer."""
+    """Say how a job waits, or waits longer; the text begins a new line."""
     longer = " longer" if has_waited else ""
     return f"""
-To have this one wait{longer}, start it with --vt-joblock-timeout 2h.
+To have a job wait{longer}, start it with --vt-joblock-timeout 2h.
 To see what runs and who waits: avocado vt-joblock show"""
 
 
@@ -108,7 +108,7 @@ def guests_of_others(file: LockFile) -> str:
     quoted = shlex.quote(name)
     return f"""A guest of {name} may still run: a job of {name} has ended,
 and only {name} and root can see what it has left.
-If you use the same images, stop this job now (Ctrl-C).
+If your job uses the same images, stop it now (Ctrl-C).
 {name} or root looks for it:
     avocado vt-joblock show
     pgrep -u {quoted} -af qemu
@@ -117,7 +117,7 @@ When there is nothing, the next job of {name} or of root removes the lock file:
 
 
 def listed(left: Leftovers) -> str:
-    """Return the processes that are left, a line each, and what may be missing."""
+    """List processes that are left, and say what may be missing; begins a new line."""
     text = ""
     for process in left.processes[:PROCESS_LIMIT]:
         text += f"\n    {process.pid:>7}  {tamed(process.command)}"
@@ -150,7 +150,7 @@ def to_do(left: Leftovers, uid: int | None) -> str:
 Wait some minutes. To look again:
     ps -o pid,user,stat,etime,args -p {",".join(pids)}"""
     fds = " ".join(f"/proc/{pid}/fd" for pid in pids)
-    return f"""No test is among them that could end a guest and restore images.
+    return f"""No test is among them. So nothing will end a guest or restore images.
 Wait for what is at work, such as rsync or qemu-img.
 If a guest still runs after one minute, {_who_may_act(uid, processes)} must act:
  1. See which images they use:
@@ -164,19 +164,23 @@ Next time, start what must not hold the lock, an agent for example, with:
 
 
 def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
-    """Say whose jobs do not run: a test stops all, a guest its user's and root's.
+    """Say whose jobs do not run because of leftovers.
+
+    A test stops the jobs of all, since all see it. A guest stops those of its user and
+    of root; one of root's, by sudo for example, stops root's only.
 
     :param processes: what is left of a job
     :param uid: the user of that job
     """
     if any(process.test_of for process in processes):
         return "Until all of that has ended, no job with VT tests runs here."
-    whose = _who_may_act(uid, processes)
-    return f"Until all of that has ended, no job of {whose} runs."
+    return (
+        f"Until all of that has ended, no job of {_who_may_act(uid, processes)} runs."
+    )
 
 
 def why_unknown(file: LockFile) -> str:
-    """Say why nobody can tell whether a lock is held, or all that is left of its job.
+    """Say why nobody can tell whether a lock is held, or what else its job has left.
 
     :return: "" where there is no such reason
     """
@@ -198,19 +202,20 @@ def owner(file: LockFile) -> str:
 
 
 def _facts(file: LockFile) -> str:
-    """Return what is known of a lock, a line each."""
+    """List what is known of a lock; begins a new line."""
     lines = [f"file:   {file.path}"]
     if file.card and file.is_elsewhere:
         lines.append(f"host:   {tamed(file.card.identity.host)}")
+    # In other cases the job's own process has ended, or nobody can tell.
     if not file.left.processes and file.state is not State.NOT_NOW:
         pid = f"{file.pid or 'unknown'}  {tamed(file.command())}"
         lines.append(f"PID:    {pid.rstrip()}")
         is_alive = file.state in (State.LIVE, State.OUTER)
         if is_alive and not file.pid_is_here and not file.is_elsewhere:
             lines += [
-                "        (It is not seen here: it is of another PID namespace, or has",
-                "        ended and has left a child that holds the lock:",
-                f"        fuser -v {shlex.quote(file.path)})",
+                "        It is not seen here: it is of another PID namespace, or has",
+                "        ended and has left a child that holds the lock. To see that:",
+                f"        fuser -v {shlex.quote(file.path)}",
             ]
     lines.append(f"user:   {owner(file)}")
     lines.append(f"job id: {file.job_id}")
@@ -254,6 +259,7 @@ So no job runs until {_who_may_act(file.uid, file.left.processes)} does this:
 
 
 def _who_may_act(uid: int | None, processes: list[JobProcess]) -> str:
+    """Return who may end these processes, and remove a file of this user."""
     if not uid or any(process.uid == 0 for process in processes):
         return "root"
     return f"{user(uid)} or root"

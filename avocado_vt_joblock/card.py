@@ -28,9 +28,6 @@ from dataclasses import dataclass
 
 from avocado_vt_joblock import procfs
 
-#: How far the clocks that date a file and a process may be apart, in seconds.
-CLOCK_SLACK = 10.0
-
 #: Host, boot, PID namespace, PID, start time. A minus before the start time says that
 #: the lock file was handed over: "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
 _TEXT = re.compile(
@@ -41,7 +38,7 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Identity:
-    """What one process of all hosts and boots is known by."""
+    """What names one process, among those of all hosts and boots."""
 
     host: str  # the node name of its host
     boot: str  # the first eight digits of the id of the boot
@@ -87,9 +84,11 @@ class Card:
     def earliest_start(self) -> int:
         """A start time in ticks: no process of the job has started before that.
 
-        It is when the job's own process started, by the card. In a time namespace
-        (time_namespaces(7)) a process reads other ticks than here, so the card may
-        tell a time that is too late: the moment at which it was made is the limit.
+        The card has the start time of the job's own process. If that is in a time
+        namespace (time_namespaces(7)) the time may be too late. So the moment at which
+        the card was made is the upper limit.
+
+        :return: 0 if it is unknown
         """
         if not self.is_of_this_boot:
             return 0
@@ -107,7 +106,7 @@ class Card:
 
 
 def own_identity() -> Identity:
-    """Return where this process runs.
+    """Return the identity of this process.
 
     :raises OSError: when /proc does not tell
     """
@@ -124,7 +123,8 @@ def own_start() -> int:
         return 0
 
 
-# To read it anew for each card would double the cost of an attempt.
+# To read it anew for each card would double the cost of an attempt. But the name of the
+# host may change.
 @functools.lru_cache(maxsize=1)
 def _identity(pid: int, host: str) -> Identity:
     with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
@@ -146,10 +146,10 @@ def path_of(lock_path: str) -> str:
 
 
 def read(lock_path: str) -> Card | None:
-    """Read the card of a lock file, without touching that.
+    """Read the card of a lock file; the file itself is not touched.
 
     :return: None where there is none, or none that is understood
-    :raises OSError: when the system does not tell that, or where this process runs
+    :raises OSError: when the card, or the identity of this process, cannot be read
     """
     path = path_of(lock_path)
     try:
@@ -166,7 +166,7 @@ def read(lock_path: str) -> Card | None:
     try:
         here = own_identity()
     except OSError as error:
-        # A card of another host must not be taken for none.
+        # Nobody can tell whether the card is of another host. So it may not be ignored.
         reason = f"/proc does not tell which host this is: {error.strerror}"
         raise OSError(errno.EIO, reason) from error
     identity = Identity(
@@ -196,20 +196,13 @@ def make(lock_path: str) -> None:
         try:
             os.symlink(_text(), path)
         except FileExistsError:
-            _renew(path, mtime_of=path)
+            _replace(path, _text())
 
 
 def hand_over(lock_path: str) -> None:
     """Have the card say that its lock file was handed over."""
-    path = path_of(lock_path)
     with contextlib.suppress(OSError):
-        # It is there already if an earlier call was interrupted.
-        with contextlib.suppress(FileExistsError):
-            os.symlink(_text(is_handed_over=True), f"{path}.new")
-        with contextlib.suppress(OSError):
-            _renew(f"{path}.new", mtime_of=path)
-        # At once: a lock without a card would look stale on another host.
-        os.rename(f"{path}.new", path)
+        _replace(path_of(lock_path), _text(is_handed_over=True))
 
 
 def remove(lock_path: str) -> None:
@@ -218,11 +211,25 @@ def remove(lock_path: str) -> None:
         os.unlink(path_of(lock_path))
 
 
-def _renew(link: str, *, mtime_of: str) -> None:
-    """Set the mtime of a link to that of a card, and so its ctime to now."""
-    status = os.lstat(mtime_of)
-    times = status.st_atime_ns, status.st_mtime_ns
-    os.utime(link, ns=times, follow_symlinks=False)
+def _replace(path: str, text: str) -> None:
+    """Put a new card in the place of an old one; it keeps when its job came.
+
+    That is done in one step: a lock without a card would look stale on another host.
+
+    :raises OSError: when the system refuses that
+    """
+    new = f"{path}.new"
+    try:
+        os.symlink(text, new)
+    except FileExistsError:
+        # An earlier call was interrupted.
+        os.unlink(new)
+        os.symlink(text, new)
+    with contextlib.suppress(OSError):
+        old = os.lstat(path)
+        times = old.st_atime_ns, old.st_mtime_ns
+        os.utime(new, ns=times, follow_symlinks=False)
+    os.rename(new, path)
 
 
 def _text(*, is_handed_over: bool = False) -> str:

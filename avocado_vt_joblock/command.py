@@ -16,9 +16,9 @@ from avocado.core.settings import settings
 from avocado_vt_joblock import DIR, TIMEOUT
 
 _RUN_HELP = """Takes the lock as a job with VT tests does, runs the command, and gives
-the lock back. What the command leaves running is waited for a few seconds, and then
-keeps the lock until it ends. The exit code is that of
-the command; 125 if the lock could not be had, 126 if the command cannot be run, 127 if
+the lock back. If the command leaves processes running, it waits for these for a few
+seconds; after that they keep the lock until they end. The exit code is that of the
+command; 125 if the lock could not be had, 126 if the command cannot be run, 127 if
 there is no such command. Write -- before the command if it has options: Avocado reads
 --config, --show, --verbose, -V, --enable-paginator, --version and -v itself, wherever
 they stand before a --."""

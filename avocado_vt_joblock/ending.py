@@ -1,4 +1,4 @@
-"""The end of a job: wait for the rest of it, release the lock or leave it."""
+"""The end of a job: wait for its leftovers, then release the lock or hand it over."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from avocado_vt_joblock import messages, procfs, telling
 from avocado_vt_joblock.leftovers import Leftovers, Obstacle
 from avocado_vt_joblock.lock import JobLock
 
-#: How long to wait at the end of a job for what is left of it, in seconds.
+#: How long to wait for leftovers, in seconds.
 END_TIMEOUT = 5.0
-#: How much of that is kept for a last look.
+#: How much of that is for a last look.
 LAST_LOOK_TIME = 1.0
 #: How long to wait before looking again for processes that are known, in seconds.
 PAUSE = 0.1
 
 
 def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
-    """Release a lock, or leave its file if something of the job may still run.
+    """Release a lock, or hand it over if something of the job may still run.
 
     :param lock: the lock, which is held
-    :param looks: whether to look for what is left; False: that was left on purpose
+    :param looks: whether to look for leftovers; False if they were left on purpose
     :param tests_only: whether nothing but tests counts
     """
     left = Leftovers()
     if looks:
         left = Leftovers(obstacle=Obstacle.INTERRUPTED)
         with contextlib.suppress(KeyboardInterrupt):
-            left = _wait_for_the_rest(lock, tests_only=tests_only)
+            left = _wait_for_leftovers(lock, tests_only=tests_only)
     problem: OSError | None = None
     try:
         if left.is_nothing:
@@ -43,8 +43,8 @@ def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
         telling.tell(messages.not_released(problem, lock.path))
 
 
-def _wait_for_the_rest(lock: JobLock, *, tests_only: bool) -> Leftovers:
-    """Wait a while for what is left of a job; return what then still is."""
+def _wait_for_leftovers(lock: JobLock, *, tests_only: bool) -> Leftovers:
+    """Wait a while for the leftovers of a job to end; return those that do not."""
     deadline = time.monotonic() + END_TIMEOUT
     left = lock.find_leftovers(tests_only=tests_only, timeout=END_TIMEOUT)
     if left.processes:
@@ -58,12 +58,12 @@ def _wait_for_the_rest(lock: JobLock, *, tests_only: bool) -> Leftovers:
                 break
             left = lock.find_leftovers(tests_only=tests_only, timeout=time_left)
             if time_left <= LAST_LOOK_TIME:
-                break
+                break  # That was the last look.
     return left
 
 
 def _wait_for(left: Leftovers, deadline: float) -> None:
-    """Wait until processes that are known have ended."""
+    """Wait until the processes that were found have ended, or until a deadline."""
     time.sleep(PAUSE)
     while time.monotonic() < deadline:
         if not any(

@@ -55,7 +55,7 @@ def user(uid: int) -> str:
 
 
 def tamed(words: str) -> str:
-    r"""Put anybody's words in one line that does nothing to a terminal or to XML.
+    r"""Return anybody's words as one line that is harmless in a terminal and in XML.
 
     What would turn a terminal red for example is shown as "\x1b[31m".
     """
@@ -64,6 +64,6 @@ def tamed(words: str) -> str:
     return f"{text}..." if len(words) > LIMIT else text
 
 
-def count(number: int, what: str, plural: str) -> str:
+def count(number: int, singular: str, plural: str) -> str:
     """Return a number with its noun: "1 process", "2 processes"."""
-    return f"{number} {what if number == 1 else plural}"
+    return f"{number} {singular if number == 1 else plural}"

@@ -1,8 +1,8 @@
 """``avocado vt-joblock run``: hold the lock while a command runs.
 
-For signals it is as if there was nothing between the user and the command. So this
-process blocks them while the command runs, and takes them one by one. A terminal sends
-its signals to the command as well. All others are passed on to it.
+The command gets signals as if the user had started it directly. While it runs this
+process blocks them, and reads them one by one. It passes each on to the command, but
+for those of a terminal: the command has got them already.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _PASSED_ON = {
     signal.SIGUSR1,
     signal.SIGUSR2,
 }
-#: What Avocado (SIGTSTP) or Python ignores, and the command is to heed again.
-_HEEDED = {signal.SIGTSTP, signal.SIGPIPE, signal.SIGXFSZ}
+#: What Avocado (SIGTSTP) or Python ignores: in the command these signals act again.
+_RESTORED = {signal.SIGTSTP, signal.SIGPIPE, signal.SIGXFSZ}
 
 
 def run(directory: object, timeout: object, command: list[str]) -> int:
@@ -63,14 +63,14 @@ def run(directory: object, timeout: object, command: list[str]) -> int:
     try:
         seconds = options.timeout(timeout)
         lock = JobLock(options.directory(directory), create_unique_job_id())
-        telling.tell_of_stale(waiting.acquire(lock, seconds, "No command"))
+        telling.tell_of_stale(waiting.acquire(lock, seconds, "command"))
         with _signals_blocked() as mask:
             code = _run(command, mask)
             _give_back(lock)
     except (LockInTheWayError, DirectoryError, options.OptionError) as error:
         return _refuse(messages.refusal(error, directory, log=""))
     except (KeyboardInterrupt, SystemExit):
-        return NO_LOCK  # They have ended the waiting.
+        return NO_LOCK  # They have come before the command was started.
     finally:
         if lock:
             lock.abandon()
@@ -121,9 +121,9 @@ def _signals_blocked() -> Iterator[set[int]]:
 def _give_back(lock: JobLock) -> None:
     """Give the lock back.
 
-    Ctrl-C cuts the wait for what is left short. Other signals do not.
+    Ctrl-C ends the wait for leftovers. Other signals do not.
     """
-    # One that came before is not for this.
+    # A Ctrl-C that came before was for the command.
     signal.sigtimedwait({signal.SIGINT}, 0)
     with contextlib.suppress(KeyboardInterrupt):
         try:
@@ -152,7 +152,7 @@ def _run(command: list[str], mask: set[int]) -> int:
 def _spawn(command: list[str], mask: set[int]) -> int:
     def spawn(program: str, words: list[str]) -> int:
         return os.posix_spawnp(
-            program, words, os.environ, setsigmask=mask, setsigdef=_HEEDED
+            program, words, os.environ, setsigmask=mask, setsigdef=_RESTORED
         )
 
     try:
@@ -160,7 +160,7 @@ def _spawn(command: list[str], mask: set[int]) -> int:
     except OSError as error:
         if error.errno != errno.ENOEXEC:
             raise
-    # As env(1) does for a script that does not say by which shell it is run.
+    # As env(1) does for a script without a line "#!".
     script = shutil.which(command[0]) or command[0]
     return spawn("/bin/sh", ["sh", script, *command[1:]])
 
@@ -168,14 +168,14 @@ def _spawn(command: list[str], mask: set[int]) -> int:
 def _wait_for(pid: int) -> int:
     """Wait for a child, and pass signals on to it; return its exit code."""
     while True:
-        # A thread of a plugin does not block them. It may take the signal that the
-        # child has ended, and have Python raise KeyboardInterrupt here.
+        # A thread of a plugin may not block them. If it gets SIGCHLD, this waits until
+        # the interval ends. If it gets SIGINT, Python raises KeyboardInterrupt here.
         info = None
         with contextlib.suppress(KeyboardInterrupt):
             info = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, POLL_INTERVAL)
         if info and info.si_signo in _PASSED_ON and info.si_code <= 0:
-            # By sigaction(2) a process has sent it, and not the terminal. A child that
-            # is root's, by sudo for example, gets no signals from here.
+            # By sigaction(2) a process has sent it, and not the terminal. If the child
+            # is root's, by sudo for example, it cannot be passed on.
             with contextlib.suppress(PermissionError):
                 os.kill(pid, info.si_signo)
         ended, status = os.waitpid(pid, os.WNOHANG)

@@ -2,7 +2,8 @@
 
 The kernel drops it when all processes that have the open file have ended, so it tells
 whether its holder lives. On NFS the server keeps it, and clients and server see it
-alike. A flock is another kind of lock, which it neither sees nor stops.
+alike. A flock(2) is another kind of lock. On a local file system neither minds the
+other; for NFS see ``ownfile``.
 """
 
 import fcntl

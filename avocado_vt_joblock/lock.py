@@ -40,7 +40,7 @@ from avocado_vt_joblock.ownfile import OwnFile
 #: Jobs of several hosts have no common guard. How long the first of those that start
 #: together waits for the others to give up, in seconds.
 RIVAL_TIMEOUT = 1.5
-#: Two jobs start together if their cards are less than so many seconds apart.
+#: Two jobs start together if their cards were renewed less than so many seconds apart.
 RIVAL_DISTANCE = 2.0
 #: How often the first one looks whether the others have given up, in seconds.
 RIVAL_PAUSE = 0.05
@@ -102,7 +102,7 @@ class Phase(enum.Enum):
 class JobLock:
     """The lock of a directory, as one job takes it and gives it up.
 
-    Who holds the lock has to keep this object: the kernel lock goes with it.
+    The holder has to keep this object: without it the kernel lock is lost.
 
     :param directory: the absolute path of an existing directory
     :param job_id: what the lock file is named after
@@ -146,8 +146,8 @@ class JobLock:
             try:
                 return self._attempt(guard, waits=waits)
             except BaseException:
-                # While this process still has the guard: otherwise another contender
-                # would see the file, and be refused by an attempt that has failed.
+                # In here, so that the guard, if it is still held, is freed only after
+                # that: no other contender is to be refused by what has failed.
                 self._withdraw(waits=waits)
                 raise
 
@@ -207,6 +207,7 @@ class JobLock:
         if in_the_way:
             raise LockInTheWayError(in_the_way[0])
         _remove(others)
+        # The directory is free. But jobs that came before this one go first.
         jobs_before = self._count_before(listing)
         if jobs_before:
             raise LockInTheWayError(None, jobs_before, stale=others)
@@ -244,7 +245,7 @@ class JobLock:
         if not own_card:
             return 0
         own_turn = Ticket(self._file.name, own_card).turn
-        # Its own card has just been made or renewed: that is now.
+        # The time of this attempt, by the clock of the file system.
         tickets = self._directory.tickets(listing, now=own_card.renewed)
         return sum(ticket.turn < own_turn for ticket in tickets)
 
@@ -279,7 +280,10 @@ class JobLock:
             guard.take()
 
     def _goes_before(self, file: LockFile) -> bool:
-        """Tell whether another lock is of a job of another host that gives up first."""
+        """Tell whether this job goes before that of a lock file which is in the way.
+
+        It does if they start together on two hosts, and its own name comes first.
+        """
         own_card = self._own_card() if file.is_elsewhere else None
         if not file.card or not own_card:
             return False
@@ -301,7 +305,7 @@ class JobLock:
     def _give_up(self, *, removes: bool) -> None:
         """Give the lock up, if it is held.
 
-        After Ctrl-C in here it is still held, so that abandon() does the same again.
+        After Ctrl-C in here it still counts as held, so abandon() hands it over.
 
         :param removes: whether to remove the file, or to hand it over
         """
@@ -315,7 +319,8 @@ class JobLock:
                 self._file.hand_over()
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
-                # It stays, but must not count for as long as this process runs.
+                # The file stays. It must not keep others out only because this process
+                # runs on.
                 self._file.hand_over()
             self._forget(Phase.OUT)
             raise
@@ -329,19 +334,19 @@ class JobLock:
 
 
 def _in_the_way(files: list[LockFile]) -> list[LockFile]:
-    """Return the locks that are in the way, the worst first: users are told of that."""
+    """Return the locks that are in the way; users are told of the first, the worst."""
     in_the_way = [file for file in files if file.state.is_in_the_way]
     return sorted(in_the_way, key=lambda file: file.state)
 
 
 def _is_to_be_removed(file: LockFile) -> bool:
     # Only its owner and root see whether a guest of its job runs, so they remove it.
-    is_for_others = file.left.obstacle is Obstacle.GUESTS_OF_OTHERS
-    return file.state is State.STALE and not is_for_others
+    is_for_its_owner = file.left.obstacle is Obstacle.GUESTS_OF_OTHERS
+    return file.state is State.STALE and not is_for_its_owner
 
 
 def _can_remove(file: LockFile) -> bool:
-    # By inode(7) another user cannot, where the directory has the sticky bit.
+    # By inode(7) no other user can, if the directory has the sticky bit, as it should.
     is_own = os.geteuid() in (0, file.uid)
     return _is_to_be_removed(file) and is_own
 

@@ -25,10 +25,11 @@ from avocado_vt_joblock.lockfile import LockFile
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
 #: How long a ticket counts after it was renewed, in seconds. A job that waits renews it
-#: when an attempt begins and when it ends. An attempt may take 1 s for the guard, 1 for
-#: leases, 1.5 for other hosts and 5 for processes; the next one begins 1 s later.
+#: when an attempt begins and when it ends. In an attempt it may be without a lock file
+#: for 7 s: 1 for leases, 5 for processes, 1 for the guard. Between two attempts it may
+#: be 2 s.
 TICKET_TIMEOUT = 10.0
-#: From what age on a card or an unpublished file was left by a crash, in seconds.
+#: A card or an unpublished file that is older was left by a crash, in seconds.
 LITTER_AGE = 60.0
 
 #: What belongs to a lock file and is none: a file that is not published yet, a card
@@ -70,8 +71,8 @@ class ReportedAs:
 
     def __exit__(self, _type: object, error: BaseException | None, _: object) -> None:
         """Raise the error of the directory."""
-        # An OSError without a number was raised by a program, maybe at its own alarm.
-        # It says nothing of the directory.
+        # An OSError without a number is not from the system: a handler of a signal may
+        # have raised it, such as a program's own TimeoutError.
         if isinstance(error, OSError) and error.errno is not None:
             raise DirectoryError(self._use, error) from error
 
@@ -111,7 +112,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Orphan:
-    """A card or an unpublished file without its lock file.
+    """A card, a new card or an unpublished file, without its lock file.
 
     It is of a job that begins an attempt or waits, or was left by a crash.
     """
@@ -234,7 +235,7 @@ def _orphans(names: list[str], lock_names: frozenset[str]) -> list[Orphan]:
 def _is_ticket(found: Card, now: float) -> bool:
     """Tell whether a card without a lock file is the ticket of a job that lives."""
     if found.is_handed_over:
-        return False  # avocado-vt, which knows no cards, has removed its lock file.
+        return False  # The lock file was removed without it, by avocado-vt maybe.
     if found.is_of_this_pid_namespace and not found.writer_lives:
         return False
     # A job that does not wait has such a card, too, for the moment before it publishes

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 
 from avocado_vt_joblock import card, kernellock, leftovers, marks, procfs
-from avocado_vt_joblock.card import CLOCK_SLACK, Card
+from avocado_vt_joblock.card import Card
 from avocado_vt_joblock.leftovers import Leftovers, Obstacle
 
 #: How the name of every lock file begins. avocado-vt treats every file with this prefix
@@ -30,6 +30,8 @@ NAME = re.compile(
 )
 #: How long to wait for files that are under a lease, all together, in seconds.
 OPEN_TIMEOUT = 1.0
+#: How far the clocks that date a file and a process may be apart, in seconds.
+CLOCK_SLACK = 10.0
 
 #: "4242\n\n". The empty line tells that the writer has the kernel lock on the file for
 #: as long as it lives. avocado-vt writes "4242", and reads the PID with int(), which
@@ -38,18 +40,18 @@ _CONTENT = re.compile(rb"(?P<pid>[0-9]{1,10})(?:(?P<uses_kernel_lock>\n\n)|\s{0,
 
 
 class State(enum.IntEnum):
-    """What a lock means for a job that finds it; of several locks the lowest counts."""
+    """What a lock means for a contender; of several locks the lowest state counts."""
 
-    OUTER = 1  # its job has started the new job: that is refused at once
-    UNKNOWN = 2  # nobody can tell: the new job is stopped
-    LIVE = 3  # something of its job still runs: the new job is refused, or waits
+    OUTER = 1  # its job has started the contender, which is refused at once
+    UNKNOWN = 2  # nobody can tell: the contender is stopped
+    LIVE = 3  # something of its job still runs: the contender is refused, or waits
     NOT_NOW = 4  # nobody can tell for now: treated like LIVE
     ENDED = 5  # no verdict yet: the job has ended, and what is left of it decides
     STALE = 6  # nothing of its job is seen to run: it is no obstacle
 
     @property
     def is_in_the_way(self) -> bool:
-        """Whether the new job does not get its lock."""
+        """Whether it keeps the contender from taking its own lock."""
         return self < State.ENDED
 
     @property
@@ -64,8 +66,7 @@ class Flaw(enum.Enum):
     SYSTEM = enum.auto()  # the system refuses to show it
     NO_REGULAR_FILE = enum.auto()  # no job makes such a thing
     NO_PID = enum.auto()  # nobody knows whose it is
-    #: another program, a file server for example, has a lease on it
-    LEASED = enum.auto()
+    LEASED = enum.auto()  # another program, such as a file server, has a lease on it
 
 
 @dataclass
@@ -81,7 +82,7 @@ class LockFile:
     is_held: bool = False  # whether a process has the kernel lock on it
     uses_kernel_lock: bool = True  # whether its writer takes one: avocado-vt does not
     pid: int = 0  # the job's own process, as the file tells; 0 if it does not
-    pid_is_here: bool = True  # whether that may be the process of this PID here
+    pid_is_here: bool = True  # False if no process of this PID here can be the job's
     flaw: Flaw | None = None  # what is wrong with the file itself
     flaw_detail: str = ""  # of Flaw.SYSTEM: the words of the system
     # The verdict.
@@ -165,7 +166,7 @@ def judge_by_leftovers(files: list[LockFile], timeout: float) -> None:
 def _judge(file: LockFile) -> tuple[State, Flaw | None]:
     """Reach the verdict by what was read: the first rule that fits counts.
 
-    :return: the state, and why nobody can tell if that is so
+    :return: the state, with the flaw for which it is UNKNOWN
     """
     if file.is_elsewhere:
         return State.LIVE, None
@@ -179,7 +180,7 @@ def _judge(file: LockFile) -> tuple[State, Flaw | None]:
         return State.UNKNOWN, Flaw.NO_PID
     if file.uses_kernel_lock or not file.pid_is_here:
         return State.ENDED, None
-    return State.LIVE, None
+    return State.LIVE, None  # It is a lock of avocado-vt, and its PID is here.
 
 
 def _state_by(left: Leftovers) -> State:
@@ -242,7 +243,7 @@ def _read_facts(file: LockFile, deadline: float) -> bool:
     if match and 0 < int(match["pid"]) < 2**31:
         file.pid = int(match["pid"])
         file.pid_is_here = _is_pid_here(file)
-    # It may have been released since, and even another one be there.
+    # A file without a kernel lock may have been removed since, and replaced by another.
     return file.is_held or os.path.samestat(os.lstat(file.path), status)
 
 
@@ -253,8 +254,8 @@ def _open(path: str, deadline: float) -> int:
         try:
             return os.open(path, flags)
         except BlockingIOError:
-            # An NFS server has a lease on the file while a client holds the lock. It
-            # takes that back in milliseconds.
+            # An NFS server has a lease on the file while a client holds the lock. The
+            # server ends the lease within milliseconds.
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.005)
@@ -282,6 +283,10 @@ def _is_pid_here(file: LockFile) -> bool:
 
 
 def _may_have_written(file: LockFile) -> bool:
+    """Tell whether the process that has the PID of a lock file may be its writer.
+
+    :raises OSError: when it cannot be read
+    """
     process = procfs.read_stat(file.pid)
     if process.has_ended:
         return False
@@ -291,5 +296,5 @@ def _may_have_written(file: LockFile) -> bool:
         try:
             return procfs.has_open(file.pid, file.name)
         except PermissionError:
-            pass  # It is another user's.
+            pass  # It is another user's: only the times can be compared.
     return time.time() - procfs.age(process.started) <= file.since + CLOCK_SLACK

@@ -74,9 +74,8 @@ def why_stopped(error: BaseException, directory: object) -> str:
 
 def is_foreseen(error: BaseException) -> bool:
     """Tell whether an error is one of those that have a text of their own."""
-    of_lock = (LockInTheWayError, DirectoryError, JobIdError)
-    of_options = (options.OptionError, options.OrderError)
-    return isinstance(error, (*of_lock, *of_options, KeyboardInterrupt, SystemExit))
+    is_interruption = isinstance(error, (KeyboardInterrupt, SystemExit))
+    return is_interruption or bool(why_stopped(error, ""))
 
 
 def headline(error: BaseException, text: str) -> str:
@@ -108,8 +107,8 @@ def _of_option(error: options.OptionError) -> str:
     if error.option == TIMEOUT:
         return f"""this is not a time to wait:
     {error}
-That is a number of seconds, or a number with s, m, h or d. 0 is to fail at
-once, and -1 to wait for as long as it takes.
+Give a number of seconds, or a number with s, m, h or d. With 0 a job fails at
+once, with -1 it waits for as long as it takes.
 {_where_to_set("timeout")}"""
     return f"""the lock directory is not an absolute path:
     {error}
@@ -134,9 +133,10 @@ and some sandboxes such as gVisor lack them."""
     meant = "" if path == directory else f" ({path})"
     text = f"""the lock directory {_trouble(error)}:
     {DIR} = {directory!r}{meant}"""
+    correct = "Correct the setting."
     if error.use is Use.OPEN and isinstance(error.error, FileNotFoundError):
-        text += f"\nMake it: mkdir -p {shlex.quote(path)}"
-    return f"{text}\nOr correct the setting.\n{_where_to_set('dir')}"
+        correct = f"Make it: mkdir -p {shlex.quote(path)}\nOr correct the setting."
+    return f"{text}\n{correct}\n{_where_to_set('dir')}"
 
 
 def _trouble(error: DirectoryError) -> str:
@@ -200,8 +200,8 @@ def obtained(waited: float) -> str:
 
 
 def stopped_waiting(waited: float, what: str) -> str:
-    """Say that a wait was stopped from outside, and what has not run."""
-    return f"Stopped waiting for the lock after {duration(waited)}. {what} has run."
+    """Say that a wait was stopped, and what has not run: "test" or "command"."""
+    return f"Stopped waiting for the lock after {duration(waited)}. No {what} has run."
 
 
 def on_terminal(waited: float, limit: float, jobs_before: int) -> str:
@@ -271,7 +271,9 @@ The lock file stays:
     if not left.processes:
         text = f"""Nobody can tell whether something of the job still runs:
 {advice.obstacle(left)}."""
-        return f"{text}{stays}\nThe next job looks again." if is_in_place else text
+        if is_in_place:
+            text += f"{stays}\nThe next job looks again."
+        return text
     text = f"{_still_run(left, 'of the job')}:{advice.listed(left)}"
     if is_in_place:
         text += f"{stays}\n{advice.who_is_stopped(left.processes, os.geteuid())}"
@@ -309,11 +311,11 @@ def overview(directory: str, verdict: str, tickets: list[Ticket]) -> str:
     """
     lines = [f"Lock directory: {directory}", VERDICTS[verdict]]
     for ticket in tickets:
-        where = ticket.card.identity
-        host = f" on {tamed(where.host)}" if ticket.card.is_of_another_host else ""
+        process = ticket.card.identity
+        host = f" on {tamed(process.host)}" if ticket.card.is_of_another_host else ""
         came = since(ticket.card.came)
         name = user(ticket.card.uid)
-        lines.append(f"PID {where.pid}{host} of {name} waits since {came}.")
+        lines.append(f"PID {process.pid}{host} of {name} waits since {came}.")
     return "\n".join(lines)
 
 

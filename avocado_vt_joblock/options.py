@@ -80,10 +80,12 @@ def directory(value: object) -> str:
     :param value: what is set, for example "~/locks"
     :raises OptionError: when that is no absolute path
     """
-    path = os.path.expanduser(str(value))
-    if "\0" in path or not os.path.isabs(path):
-        raise OptionError(DIR, value)
-    return path
+    path = str(value)
+    if "\0" not in path:
+        path = os.path.expanduser(path)
+        if os.path.isabs(path):
+            return path
+    raise OptionError(DIR, value)
 
 
 def unknown_keys(config: Any) -> list[str]:
@@ -92,13 +94,11 @@ def unknown_keys(config: Any) -> list[str]:
     :param config: what Avocado has read from files: a ``ConfigParser`` in older
         versions, in newer ones a mapping from "SECTION.KEY"
     """
+    # What is in [DEFAULT] is found in every section.
     if isinstance(config, configparser.ConfigParser):
         keys = set(config[SECTION]) if SECTION in config else set()
         return sorted(keys - KEYS - set(config.defaults()))
-    unknown = _keys_in(SECTION, config) - KEYS
-    if unknown:
-        unknown -= _keys_in("DEFAULT", config)
-    return sorted(unknown)
+    return sorted(_keys_in(SECTION, config) - KEYS - _keys_in("DEFAULT", config))
 
 
 def _keys_in(section: str, names: Iterable[str]) -> set[str]:

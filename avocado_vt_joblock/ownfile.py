@@ -29,7 +29,7 @@ class OwnFile:
         self.path = path
         directory, self.name = os.path.split(path)
         self._unpublished = os.path.join(directory, f".{self.name}")
-        self._open: io.FileIO | None = None  # whoever has it open has the kernel lock
+        self._stream: io.FileIO | None = None  # open as long as it has the kernel lock
 
     def publish(self) -> None:
         """Make the file, and let others see it when it is complete.
@@ -37,8 +37,8 @@ class OwnFile:
         :raises DirectoryError: when the system refuses that
         """
         with ReportedAs(Use.WRITE):
-            self._open = self._open_new()
-        fd = self._open.fileno()
+            self._stream = self._open_new()
+        fd = self._stream.fileno()
         with ReportedAs(Use.LOCK):
             kernellock.take(fd)
         with contextlib.suppress(OSError):
@@ -50,7 +50,7 @@ class OwnFile:
             if os.write(fd, text) < len(text):
                 raise lockdir.system_error(errno.ENOSPC)
             with contextlib.suppress(OSError):
-                # Whatever the umask: everybody may read who holds the lock. That is a
+                # Whatever the umask, anybody may read who holds the lock. That is a
                 # courtesy, and CIFS and FUSE may refuse it.
                 os.fchmod(fd, 0o644)
             os.rename(self._unpublished, self.path)
@@ -58,12 +58,13 @@ class OwnFile:
     def check(self) -> None:
         """Check that the file is still in its place.
 
-        :raises FileNotFoundError: when somebody has removed or replaced it
+        :raises FileNotFoundError: when somebody has removed or replaced it, or when
+            this process has closed it, before Ctrl-C for example
         :raises OSError: when the system does not tell
         """
-        if not self._open or self._open.closed:
+        if not self._stream or self._stream.closed:
             raise lockdir.system_error(errno.ENOENT)
-        status = os.fstat(self._open.fileno())
+        status = os.fstat(self._stream.fileno())
         try:
             is_own = os.path.samestat(os.lstat(self.path), status)
         except FileNotFoundError:
@@ -83,13 +84,13 @@ class OwnFile:
     def hand_over(self) -> None:
         """Let the file keep others out only while a process runs that the job started.
 
-        Otherwise it would do so for as long as this process runs, and maybe a child
-        that has inherited the open file.
+        Without that it would do so as long as this process runs, or a child that has
+        inherited the open file.
         """
         card.hand_over(self.path)
-        if self._open:
+        if self._stream:
             with contextlib.suppress(OSError, ValueError):
-                kernellock.drop(self._open.fileno())
+                kernellock.drop(self._stream.fileno())
 
     def withdraw(self, *, keeps_card: bool) -> None:
         """Remove what there is of it after a failed attempt.
@@ -111,10 +112,10 @@ class OwnFile:
 
     def close(self) -> None:
         """Give the kernel lock up, if it is still there."""
-        if self._open:
+        if self._stream:
             with contextlib.suppress(OSError):
-                self._open.close()
-        self._open = None
+                self._stream.close()
+        self._stream = None
 
     def _open_new(self) -> io.FileIO:
         """Open a new file that nobody else may open before the kernel lock is there."""
@@ -125,4 +126,4 @@ class OwnFile:
             # An earlier attempt of this job has failed to remove it.
             os.unlink(self._unpublished)
             fd = os.open(self._unpublished, flags, mode=0o600)
-        return io.FileIO(fd, "r+")  # It is closed even if nobody does so.
+        return io.FileIO(fd, "r+")  # Python closes it with this object, at the latest.

@@ -1,8 +1,8 @@
 """What Avocado calls before and after a job.
 
 Avocado leaves out a plugin that does not load, and goes on after an exception that it
-does not know: both would run the tests without the lock. So whatever goes wrong becomes
-one that it knows.
+does not know: both would run the tests without the lock. So every error here becomes
+an exception that Avocado knows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class VTJobLock(JobPre):
 
         :param job: the job that is about to run
         :raises JobError: when it could not be taken; SystemExit on Avocado 103.0 and
-            104.0
+            104.0, and after Ctrl-C
         """
         try:
             # In a dry run no test is of that kind.
@@ -104,7 +104,7 @@ def _stop_without_package(job: Job) -> BaseException | None:
     # Nothing of this package may be used here, neither messages nor refusal.
     text = f"Failure trying to set Avocado-VT job lock: {_import_error}"
     logging.getLogger("avocado.app").error(text)
-    # The holder of the lock may be at work: see refusal.disarm().
+    # The holder of the lock may be at work: see the first lines of refusal.py.
     vars(job)["post_tests"] = lambda: None
     job.config["plugins.jobscripts.post"] = os.devnull
     return SystemExit(_JOB_FAIL)
@@ -142,9 +142,10 @@ def _config_of(job: Job) -> dict[str, Any]:
 
 
 def _order_of_plugins() -> list[str] | None:
-    """Return the order that is set for plugins of jobs, where Avocado looks for it.
+    """Return the order of the plugins of jobs that is set, if one is.
 
-    That is not the configuration of the job, which a program may have changed.
+    Avocado takes it from its own settings, not from the configuration of the job, which
+    a program may have changed.
     """
     from avocado.core.settings import settings
 
@@ -157,7 +158,7 @@ def _order_of_plugins() -> list[str] | None:
 
 
 def _warn(directory: str) -> None:
-    """Warn of what makes the lock weak, and of what is set in vain."""
+    """Warn of what makes the lock weak, and of settings without effect."""
     from avocado.core.settings import settings
 
     mode = os.stat(directory).st_mode
@@ -182,9 +183,9 @@ def _give_back(job: Job) -> None:
 def _all_passed(job: Job) -> bool:
     """Tell whether every test of a job has passed, and nothing else went wrong.
 
-    After any other end of a test avocado-vt says nothing of a clean-up that failed, and
-    a guest may run on. The status is PASS when all suites have run, and no exception is
-    under way.
+    If a test ends in any other way avocado-vt does not tell whether its clean-up has
+    failed, and a guest may still run. The status is PASS when all suites have run, and
+    no exception is under way.
     """
     if job.status != "PASS" or job.exitcode or not job.result:
         return False

@@ -1,9 +1,9 @@
-"""A stopped job: it undoes nothing, and is red in every result.
+"""A stopped job: its clean-up does not run, and all its results show an error.
 
 At the end of each job Avocado calls ``post_tests`` of other plugins and runs the
 post-job scripts. For a job that was stopped before its tests it does so, too. But what
 they undo may be of another job: the one that holds the lock, with the same images. So a
-job is disarmed of both until it has the lock.
+job is *disarmed*, which means that both are switched off, until it has the lock.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _RESULTS = "_vt_joblock_results"
 
 
 def disarm(job: Job) -> None:
-    """Have a job call no ``post_tests`` and run no post-job script."""
+    """Keep a job from calling ``post_tests`` and from running post-job scripts."""
     attributes = vars(job)
     if _DISARMED not in attributes:
         scripts = {key: job.config.get(key) for key in _NO_SCRIPTS}
@@ -56,7 +56,7 @@ def rearm(job: Job) -> None:
 
 
 def forget(job: Job) -> None:
-    """Undo what stop() has changed in a job when it was run before, if it was."""
+    """Undo what stop() has changed in an earlier run of this job, if there was one."""
     rearm(job)
     before = vars(job).pop(_RESULTS, None)
     if before:
@@ -65,7 +65,7 @@ def forget(job: Job) -> None:
 
 
 def stop(job: Job, error: BaseException, directory: object) -> BaseException:
-    """Tell why a job is stopped, and have its results show that.
+    """Tell why a job is stopped, and make its results show that.
 
     The job is stopped even if some of that fails.
 
@@ -105,7 +105,7 @@ def _exception_of_avocado(job: Job, text: str) -> BaseException:
 
 
 def _show_in_results(job: Any, text: str, headline: str) -> None:
-    """Have the results of a job that runs no test show an error, for a CI to see."""
+    """Make the results of a job that runs no test show an error, for a CI to see."""
     from avocado.core.test_id import TestID
 
     class LockID(TestID):
@@ -147,11 +147,12 @@ def _show_in_results(job: Any, text: str, headline: str) -> None:
 
 
 def _show_in_tap(job: Job, state: dict[str, Any]) -> None:
-    """Have Avocado's TAP plugin write the error.
+    """Make Avocado's TAP plugin write the error.
 
-    The other reports are made from the results at the end of the job. But that plugin
-    writes at events, and a stopped job has none. Here it is a new object with new
-    files: that of the job must still be good if a program runs the job again.
+    Other reports are made from the results at the end of the job. But that plugin
+    writes at events, and a stopped job has none. It is called in a new object, which
+    opens and closes its own files: if a program runs the job again, it needs the old
+    object with open files.
     """
     from avocado.plugins.tap import TAPResult
 

@@ -1,8 +1,8 @@
 """The options: registered, and found in config files.
 
-Avocado loads this room at every start, so it imports very little. At that time
-Avocado's own ``settings`` object is not ready. So it is looked up in its module when it
-is used.
+Avocado loads this module at every start, so it imports very little. Avocado makes its
+own object ``settings`` only after that. So this module imports Avocado's module, and
+takes the object from it when it is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from avocado.core.plugin_interfaces import Init, Settings
 
 from avocado_vt_joblock import SECTION, installed_file
 
-#: The administrator's config file. avocado-vt's RPM brings one, too.
+#: The administrator's config file. avocado-vt's RPM puts one there, too.
 ADMIN_FILE = "/etc/avocado/conf.d/vt_joblock.conf"
 #: Where this package's RPM puts its own config file.
 PACKAGED_FILE = "/etc/avocado/conf.d/vt_joblock_defaults.conf"
@@ -36,8 +36,8 @@ class VTJobLockInit(Init):
 
     name = "vt-joblock"
     description = "Avocado-VT Job Lock/Unlock initialization"
-    # After avocado-vt's "vt-init": it registers one of them too, and where that is
-    # already there it breaks off before it has loaded avocado-vt's own settings from
+    # After avocado-vt's "vt-init". That plugin registers one of these options, too. If
+    # the option is already there, it fails before it has loaded avocado-vt's own config
     # files.
     priority = 0  # PluginPriority.LAST_RESORT
 
@@ -49,7 +49,7 @@ class VTJobLockInit(Init):
 
 
 class VTJobLockSettings(Settings):
-    """Has Avocado read the config file of this package, wherever that is."""
+    """Makes Avocado read the config file of this package, wherever that is."""
 
     name = "vt-joblock"
     description = "Avocado-VT Job Lock/Unlock config file"
@@ -61,24 +61,20 @@ class VTJobLockSettings(Settings):
 
         Avocado finds the installed one by itself in an activated virtual environment
         only, and puts the files of conf.d in no certain order. In an activated
-        environment it does not read the administrator's file. We add it in second place
-        then, so that all jobs of a machine use one lock directory:
+        environment it does not read the administrator's file. It is added then, so that
+        all jobs of a machine use one lock directory. The order becomes:
 
-        not activated:
-        PREFIX/etc/avocado/conf.d/vt_joblock.conf (of pip),
-        /etc/avocado/conf.d/vt_joblock_defaults.conf (of the RPM),
-        ... (/etc/avocado/conf.d/vt_joblock.conf is among them)
-        activated:
-        VIRTUAL_ENV/etc/avocado/conf.d/vt_joblock.conf (of pip),
-        /etc/avocado/conf.d/vt_joblock_defaults.conf (of the RPM),
-        /etc/avocado/conf.d/vt_joblock.conf,
-        ...
+        1. PREFIX/etc/avocado/conf.d/vt_joblock.conf, of pip;
+        2. /etc/avocado/conf.d/vt_joblock_defaults.conf, of the RPM;
+        3. /etc/avocado/conf.d/vt_joblock.conf, in an activated environment;
+        4. all others as Avocado has them. If no environment is activated the
+           administrator's file is among them.
 
         :param paths: the config files that Avocado will read, in order; changed here
         """
         first = []
         installed = installed_file(INSTALLED_FILE)
-        # Below the prefix / it is the administrator's.
+        # If the prefix is / this is the administrator's file.
         if installed and installed != ADMIN_FILE:
             first.append(installed)
         if os.path.isfile(PACKAGED_FILE):
@@ -101,9 +97,6 @@ def _is_one_of(path: str, files: list[str]) -> bool:
 
     An environment may be activated by a symbolic link to it.
     """
-    name = os.path.basename(path)
-    if name not in ("vt_joblock.conf", "vt_joblock_defaults.conf"):
-        return False
     if not os.path.exists(path):
         return False
     return any(os.path.samefile(path, file) for file in files)

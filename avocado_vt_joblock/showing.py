@@ -93,8 +93,7 @@ def _survey(config: dict[str, Any]) -> Survey:
         survey.files = directory.read_locks(listing.lock_names)
         lockfile.judge_by_leftovers(survey.files, LOOK_TIMEOUT)
         survey.files.sort(key=lambda file: file.state)
-        # By the clock of this host: to ask that of the file system a file has to be
-        # made.
+        # By the clock of this host: only a new file would show that of the file system.
         survey.waiting = directory.tickets(listing, time.time())
         survey.processes = _processes_of_living(survey.files)
         if not os.access(survey.directory, os.W_OK | os.X_OK):

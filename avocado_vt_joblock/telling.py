@@ -23,7 +23,7 @@ def tell(
     loggers: tuple[str, ...] = (JOB_LOG, USER_LOG),
     error: BaseException | None = None,
 ) -> None:
-    """Tell job.log and the user; whatever log handlers raise, nothing changes.
+    """Tell job.log and the user; an error of a log handler is ignored.
 
     :param text: what to tell
     :param level: how much it matters, by the module logging

@@ -16,19 +16,19 @@ from avocado_vt_joblock.lockfile import LockFile, State
 ATTEMPT_INTERVAL = 1.0
 #: How often it says that it still waits, in seconds.
 REMINDER_INTERVAL = 300.0
-#: How long it puts up with a trouble, such as a full disk, in seconds.
+#: How long it waits in spite of a trouble, such as a full disk, in seconds.
 TROUBLE_TIMEOUT = 60.0
 
 #: What clears a line of a terminal, by console_codes(4).
 _CLEAR_LINE = "\r\x1b[K"
 
 
-def acquire(lock: JobLock, timeout: float, what: str = "No test") -> list[LockFile]:
+def acquire(lock: JobLock, timeout: float, what: str = "test") -> list[LockFile]:
     """Take the lock, and wait for it as long as that is of use.
 
     :param lock: the lock of this job
     :param timeout: how long to wait, in seconds; infinity without limit
-    :param what: what has run if the wait is stopped
+    :param what: what does not run if the wait is stopped
     :return: the stale locks that were there
     :raises LockInTheWayError: when another job is in the way
     :raises DirectoryError: when the system refuses a use of the directory
@@ -81,7 +81,7 @@ class _Wait:
 
         :param error: what has stopped the last attempt; it is raised to give up
         """
-        if not self._may_pass(error):
+        if not self._is_of_use(error):
             self._clear_terminal()
             raise error
         waited = time.monotonic() - self._started
@@ -104,13 +104,13 @@ class _Wait:
             telling.tell(messages.obtained(time.monotonic() - self._started))
 
     def tell_stopped(self, what: str) -> None:
-        """Tell the user that the wait was stopped from outside, and what has run."""
+        """Tell the user that the wait was stopped, and what has not run."""
         self._clear_terminal()
         text = messages.stopped_waiting(time.monotonic() - self._started, what)
         telling.tell(text, loggers=(telling.USER_LOG,))
 
-    def _may_pass(self, error: LockInTheWayError | DirectoryError) -> bool:
-        """Tell whether it is of use to wait.
+    def _is_of_use(self, error: LockInTheWayError | DirectoryError) -> bool:
+        """Tell whether it is of use to wait, and note since when there is trouble.
 
         Another job ends at some time. A job that this one is part of does not. Anything
         else is a trouble: a full disk, a server that does not answer, a lock that
@@ -168,7 +168,7 @@ def _has_terminal() -> bool:
 
 
 def _situation(error: LockInTheWayError | DirectoryError) -> tuple[object, ...]:
-    """Return what of an error is worth telling when it changes."""
+    """Return what makes a situation another one: each is told in full only once."""
     if isinstance(error, DirectoryError):
         return (str(error),)
     file = error.file

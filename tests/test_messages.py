@@ -219,7 +219,7 @@ def test_job_of_another_host_can_be_waited_for(has_waited):
         error = WaitedInVainError(error, 300.0)
     told = refusal(error)
     longer = " longer" if has_waited else ""
-    assert f"To have this one wait{longer}, start it with --vt-joblock-timeout" in told
+    assert f"To have a job wait{longer}, start it with --vt-joblock-timeout" in told
     assert "To see what runs and who waits: avocado vt-joblock show" in told
     assert f"\n    rm '{PATH}'" in told
     assert "Do not remove the file" not in told
@@ -277,13 +277,13 @@ def test_longest_time_to_wait():
 def test_what_to_do():
     """Remedies that help: another lock directory only where jobs may run at once."""
     held = in_the_way(State.LIVE)
-    assert "To have this one wait, start it with --vt-joblock-timeout 2h" in held
+    assert "To have a job wait, start it with --vt-joblock-timeout 2h" in held
     assert "avocado vt-joblock show" in held
     assert "of its own: --vt-joblock-dir DIR, or plugins.vtjoblock.dir" in held
     assert "Do not remove the file" in held
     in_vain = TEXTS["refusal: in vain"]
     assert "out of time after 0:05:00: another job holds the lock" in in_vain
-    assert "To have this one wait longer, start" in in_vain
+    assert "To have a job wait longer, start" in in_vain
     outer = in_the_way(State.OUTER)
     assert "this is the job that you are in" in outer
     assert "timeout" not in outer
@@ -292,7 +292,7 @@ def test_what_to_do():
     )
     later = in_the_way(State.NOT_NOW, left=Leftovers([], Obstacle.HANGING, "77"))
     assert "process 77 does not answer" in later
-    assert "To have this one wait," in later
+    assert "To have a job wait," in later
     for text in (later, in_the_way(State.UNKNOWN, flaw=Flaw.NO_PID)):
         assert "plugins.vtjoblock.dir" not in text
     assert "rm " not in later
@@ -303,7 +303,7 @@ def test_first_words_of_the_most_dangerous_state():
     """A guest that may run beside this job, which only others can see."""
     lines = TEXTS["guests"].splitlines()
     assert lines[0].startswith(f"A guest of {UID} may still run")
-    assert "stop this job now" in " ".join(lines[:3])
+    assert "If your job uses the same images, stop it now" in " ".join(lines[:3])
     assert f"    pgrep -u {UID} -af qemu" in lines
     assert lines[-1] == f"    {PATH}"
 

@@ -31,7 +31,7 @@ from others import (
 )
 from sandbox import run_as
 
-from avocado_vt_joblock import card, kernellock, leftovers, marks, scan
+from avocado_vt_joblock import kernellock, leftovers, lockfile, marks, scan
 
 # What proc_pid_stat(5) shows of it is to be read from the last parenthesis on.
 ODD_NAME = f"open('/proc/self/comm', 'w').write('a) Z 0 ('); {WAIT}"
@@ -62,7 +62,7 @@ def judged(directory, path):
         # That PID was given to another process later.
         *[(ITS, kind, AN_HOUR, "STALE") for kind in ALIVE],
         # Two clocks differ a little, and files can be dated in the future.
-        (ITS, "alive", card.CLOCK_SLACK / 2, "LIVE"),
+        (ITS, "alive", lockfile.CLOCK_SLACK / 2, "LIVE"),
         (ITS, "alive", -AN_HOUR, "LIVE"),
     ],
 )
