@@ -8,7 +8,7 @@ DEMO := $(VENV)-demo
 # The tests that run on the oldest Avocado too.
 OLDEST_TESTS := tests/test_plugin.py tests/test_refusal.py tests/test_endings.py tests/test_waiting.py
 # How many tests run at the same time: most of them wait for Avocado to start.
-WORKERS := 3
+WORKERS := 4
 # The interpreters of the matrix: those of pyenv, or else those on the PATH.
 PYENV_ROOT ?= $(HOME)/.pyenv
 PYTHONS ?= $(foreach version,3.9 3.10 3.11 3.12 3.13,$(firstword \

@@ -85,8 +85,6 @@ def show(config: dict[str, Any], json_file: str | None) -> int:
 def _survey(config: dict[str, Any]) -> Survey:
     survey = Survey(str(config[DIR]))
     try:
-        options.check_order(config.get("plugins.job.prepost.order"))
-        options.timeout(config[TIMEOUT])
         survey.directory = options.directory(config[DIR])
         directory = LockDirectory(survey.directory)
         listing = directory.listing()
@@ -96,9 +94,11 @@ def _survey(config: dict[str, Any]) -> Survey:
         # By the clock of this host: only a new file would show that of the file system.
         survey.waiting = directory.tickets(listing, time.time())
         survey.processes = _processes_of_living(survey.files)
+        # Only now what stops a job although all of that can be shown.
+        options.check_order(config.get("plugins.job.prepost.order"))
+        options.timeout(config[TIMEOUT])
         if not os.access(survey.directory, os.W_OK | os.X_OK):
-            denied = DirectoryError(Use.WRITE, lockdir.system_error(errno.EACCES))
-            survey.problem = messages.why_stopped(denied, config[DIR])
+            raise DirectoryError(Use.WRITE, lockdir.system_error(errno.EACCES))
     except (DirectoryError, options.OptionError, options.OrderError) as error:
         survey.problem = messages.why_stopped(error, config[DIR])
     return survey

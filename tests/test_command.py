@@ -187,6 +187,15 @@ def test_setting_that_stops_each_job_is_shown(sandbox, setting, told):
     assert told in text
 
 
+def test_holder_is_shown_in_spite_of_a_wrong_setting(sandbox, held_lock):
+    sandbox.add_to_config("timeout = soon")
+    text, shown = show(sandbox, 2)
+    assert shown["verdict"] == "stopped"
+    assert [each["pid"] for each in shown["locks"]] == [held_lock.pid]
+    assert "this is not a time to wait:" in text
+    assert "another job holds the lock." in text
+
+
 def test_file_for_json_that_cannot_be_written(sandbox):
     file = "/nonexistent/shown.json"
     shown = vt_joblock(sandbox, "show", "--json", file, stderr=subprocess.STDOUT)

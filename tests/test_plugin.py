@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
@@ -402,13 +401,3 @@ def test_next_job_runs_after_an_end_at_any_moment(sandbox, rounds, signum):
         for name in orphans(sandbox.lock_dir):
             (sandbox.lock_dir / name).unlink()
         assert_runs(sandbox, f"following{number}")
-
-
-@pytest.mark.parametrize(
-    "case", ["pre alone", "pre beside a holder", "post PASS", "post FAIL"]
-)
-def test_ctrl_c_at_every_line_keeps_no_lock_and_undoes_nothing(sandbox, case):
-    script = Path(__file__).with_name("interruptions.py")
-    text = ended(sandbox.popen(sys.executable, script, sandbox.lock_dir, case))
-    (lines,) = re.findall(r"^(\d+) lines$", text, re.MULTILINE)
-    assert int(lines) > 40

@@ -28,7 +28,7 @@ from sandbox import AVOCADO, AVOCADO_READS_RECIPES, finish, wait_for
 
 OWN_END = Ending("own end", nothing)
 BY_NAME = {ending.name: ending for ending in [OWN_END, *ENDINGS]}
-MOST = {"own end", "SIGINT to Avocado alone", "SIGKILL to Avocado alone", "job timeout"}
+MOST = {"own end", "SIGKILL to Avocado alone", "job timeout"}
 KEEP_GUESTS = "[vt.setup]\nkeep_guest_running = True\n"
 
 

@@ -92,6 +92,26 @@ def test_card_is_renewed_and_keeps_when_the_job_came(directory):
     card.remove(str(path))
 
 
+def test_card_of_a_job_that_could_not_remove_its_file(directory, held, new_lock):
+    """It was handed over. The job has the lock later all the same."""
+    made = new_lock()
+
+    def hook(name, call):
+        if name == "unlink" and call.args[0] == made.path:
+            raise OSError(errno.EIO, "no")
+        return call()
+
+    with intercepted(hook):
+        assert contend(made, waits=True).state == "LIVE"
+    first = card.read(made.path)
+    assert first.is_handed_over
+    held.release()
+    assert contend(made, waits=True).state == "WON"
+    second = card.read(made.path)
+    assert second.writer_lives
+    assert second.came == first.came
+
+
 # A job of another host.
 
 WHAT_LIES_THERE = {

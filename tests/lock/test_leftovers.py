@@ -421,7 +421,7 @@ def test_other_process_at_each_look(
     flag = tmp_path / "flag"
     flag.touch()
     start(flag, script=script, env=MARK)
-    for _ in rounds(15):
+    for _ in rounds(5):
         told = attempt(directory)
         assert (told.state, told.path) in [("LIVE", str(path)), ("NOT_NOW", str(path))]
     flag.unlink()
@@ -521,7 +521,7 @@ def test_look_goes_back_to_the_oldest_of_several_jobs(directory, path, start):
 
 @pytest.mark.alone
 def test_busy_host(directory, start):
-    for _ in range(24):
+    for _ in range(12):
         start(command=["sh", "-c", "while :; do /bin/true; done"])
     leave_lock(directory)
     states = []

@@ -70,7 +70,7 @@ def racers(directory, count, hosts=1):
 
 
 @pytest.mark.parametrize(
-    ("count", "stale", "usual"), [(2, 0, 1000), (16, 0, 300), (64, 0, 30), (8, 3, 300)]
+    ("count", "stale", "usual"), [(2, 0, 300), (16, 0, 100), (64, 0, 10), (8, 3, 100)]
 )
 def test_exactly_one_wins(directory, rounds, count, stale, usual):
     with racers(directory, count) as race:
