@@ -36,15 +36,17 @@ contender    a job that tries to take the lock; one try is an attempt
 holder       the job that has the lock
 lock file    one job's file in the lock directory; "a lock" is short for it
 in the way   said of a lock that keeps a contender from taking its own
-stale lock   a lock of a job of which nothing runs any more; it is not in the way
+stale lock   a lock of a job of which no process runs any more; it stops nobody
 kernel lock  a lock of the kernel on a lock file; it tells whether the holder lives
-card         a link beside the lock file that tells which process holds that
+card         a symbolic link beside the lock file; it names the process of the job
 ticket       the card of a job that waits: it has no lock file
-guard        a flock on the directory: contenders of one host go one after the other
+guard        a flock on the directory; contenders of one host take turns with it
 mark         a variable in the environment of all that a holder starts
 leftovers    processes of a job that still run when it has ended
-to release   to remove one's lock file at the end of the job
-to hand over to keep that file instead, for as long as there are leftovers
+to withdraw  to remove what a failed attempt has made
+to give back to release or hand over the lock, at the end of the job
+to release   to remove the lock file
+to hand over to keep the lock file, for as long as there are leftovers
 """
 
 from __future__ import annotations
@@ -58,11 +60,11 @@ TIMEOUT = f"{SECTION}.timeout"
 
 
 def installed_file(path: str) -> str | None:
-    """Return where a file is that pip has installed with this package, if it is there.
+    """Return the path of a file that pip has installed with this package, or None.
 
     The config file and the manual are such files. ``pip install --target DIR`` puts
-    them below DIR, in which the package is as well. Otherwise they are below the prefix
-    of Python, which is /usr for a package in /usr/lib/python3/dist-packages.
+    them below DIR, beside the package. Otherwise they are below the prefix of Python,
+    which is /usr for a package in /usr/lib/python3/dist-packages.
 
     :param path: the path below DIR or the prefix, for example
         "etc/avocado/conf.d/x.conf"

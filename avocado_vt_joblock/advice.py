@@ -50,10 +50,10 @@ def on_refusal(file: LockFile, *, has_waited: bool = False) -> str:
         return _unknown(file)
     text = on_waiting(file)
     if file.is_elsewhere:
-        return text + how_to_wait(has_waited=has_waited)
+        return text + how_to_wait(has_waited=has_waited)  # It tells of removing it.
     if file.state is State.NOT_NOW:
         text += how_to_wait(has_waited=has_waited)
-    elif not file.left.processes:
+    elif not file.leftovers.processes:
         text += f"\nWait until that job is done.{how_to_wait(has_waited=has_waited)}"
         text += f"\n{_OWN_DIRECTORY}"
     return f"{text}\n{_DO_NOT_REMOVE}"
@@ -64,11 +64,11 @@ def on_waiting(file: LockFile) -> str:
     if file.is_elsewhere:
         what = "a job on another host holds the lock."
         return f"{what}{_facts(file)}\n{_elsewhere(file)}"
-    if file.left.processes:
+    if file.leftovers.processes:
         what = "a job has ended, but processes of it still run."
-        stopped = who_is_stopped(file.left.processes, file.uid)
-        text = f"{what}{_facts(file)}{listed(file.left)}\n{stopped}"
-        return f"{text}\n{to_do(file.left, file.uid)}"
+        stopped = who_is_stopped(file.leftovers.processes, file.uid)
+        text = f"{what}{_facts(file)}{listed(file.leftovers)}\n{stopped}"
+        return f"{text}\n{to_do(file.leftovers, file.uid)}"
     if file.state is State.NOT_NOW:
         what = (
             f"for now nobody can tell whether a job still runs:\n{why_unknown(file)}."
@@ -85,7 +85,7 @@ def on_showing(file: LockFile, processes: list[JobProcess]) -> str:
     """
     if file.state is not State.STALE:
         text = on_refusal(file)
-    elif file.left.obstacle:
+    elif file.leftovers.obstacle:
         text = guests_of_others(file)
     else:
         text = f"a stale lock: a later job removes it.{_facts(file)}"
@@ -103,7 +103,7 @@ To see what runs and who waits: avocado vt-joblock show"""
 
 
 def guests_of_others(file: LockFile) -> str:
-    """Warn of a guest that may run beside this job, and that nobody here can see."""
+    """Warn of a guest that may run beside this job, and that this user cannot see."""
     name = owner(file)
     quoted = shlex.quote(name)
     return f"""A guest of {name} may still run: a job of {name} has ended,
@@ -166,8 +166,8 @@ Next time, start what must not hold the lock, an agent for example, with:
 def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
     """Say whose jobs do not run because of leftovers.
 
-    A test stops the jobs of all, since all see it. A guest stops those of its user and
-    of root; one of root's, by sudo for example, stops root's only.
+    That is what is sure until the last of them has ended. All see a test. A guest is
+    seen by its user and root; one of root's, by sudo for example, by root only.
 
     :param processes: what is left of a job
     :param uid: the user of that job
@@ -180,13 +180,13 @@ def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
 
 
 def why_unknown(file: LockFile) -> str:
-    """Say why nobody can tell whether a lock is held, or what else its job has left.
+    """Say why it is not certain whether a lock is held, or what its job has left.
 
     :return: "" where there is no such reason
     """
     if file.flaw:
         return _FLAWS[file.flaw].format(tamed(file.flaw_detail))
-    return obstacle(file.left)
+    return obstacle(file.leftovers)
 
 
 def obstacle(left: Leftovers) -> str:
@@ -206,8 +206,8 @@ def _facts(file: LockFile) -> str:
     lines = [f"file:   {file.path}"]
     if file.card and file.is_elsewhere:
         lines.append(f"host:   {tamed(file.card.identity.host)}")
-    # In other cases the job's own process has ended, or nobody can tell.
-    if not file.left.processes and file.state is not State.NOT_NOW:
+    # With leftovers the job's own process has ended. With NOT_NOW nobody can tell.
+    if not file.leftovers.processes and file.state is not State.NOT_NOW:
         pid = f"{file.pid or 'unknown'}  {tamed(file.command())}"
         lines.append(f"PID:    {pid.rstrip()}")
         is_alive = file.state in (State.LIVE, State.OUTER)
@@ -240,9 +240,9 @@ If that host is gone for good, {_who_may_act(file.uid, [])} removes it:
 
 def _outer(file: LockFile) -> str:
     what = "this is the job that you are in. To wait for it would be to wait for ever."
-    if file.left.processes:
-        text = f"{what}{_facts(file)}{listed(file.left)}"
-        return f"{text}\n{to_do(file.left, file.uid)}"
+    if file.leftovers.processes:
+        text = f"{what}{_facts(file)}{listed(file.leftovers)}"
+        return f"{text}\n{to_do(file.leftovers, file.uid)}"
     return f"{what}{_facts(file)}\n{_OWN_DIRECTORY}"
 
 
@@ -251,7 +251,7 @@ def _unknown(file: LockFile) -> str:
     remove = "rm -r" if file.flaw is Flaw.NO_REGULAR_FILE else "rm"
     return f"""nobody can tell whether a job still holds the lock:
 {why_unknown(file)}.{_facts(file)}
-So no job runs until {_who_may_act(file.uid, file.left.processes)} does this:
+So no job runs until {_who_may_act(file.uid, file.leftovers.processes)} does this:
  1. Look for a job, a test or a guest of that user:
     pgrep {whose}-af 'avocado|qemu'
  2. If there is none:
@@ -259,7 +259,10 @@ So no job runs until {_who_may_act(file.uid, file.left.processes)} does this:
 
 
 def _who_may_act(uid: int | None, processes: list[JobProcess]) -> str:
-    """Return who may end these processes, and remove a file of this user."""
+    """Return who may end these processes, and remove a file of this user.
+
+    :param uid: the user; None where that is unknown
+    """
     if not uid or any(process.uid == 0 for process in processes):
         return "root"
     return f"{user(uid)} or root"

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from avocado_vt_joblock import procfs
 
 #: Host, boot, PID namespace, PID, start time. A minus before the start time says that
-#: the lock file was handed over: "hv3.lab 1a2b3c4d 4026531836 4242 -812345".
+#: the lock file was handed over: "hv3.lab 1a2b3c4d 4026531836 4242 -812345". A start
+#: time that is missing is unknown.
 _TEXT = re.compile(
     r"(?P<host>\S{1,255}) (?P<boot>\S{8}) (?P<pid_namespace>[0-9]{1,20})"
     r" (?P<pid>[0-9]{1,10}) (?P<is_handed_over>-?)(?P<started>[0-9]{0,20})",
@@ -57,36 +58,36 @@ class Card:
     # Both in seconds since the Epoch, by the clock of the file system:
     came: float  # when the job made the card
     renewed: float  # when the job last renewed it, or when it made it
-    here: Identity  # this process, which has read the card
+    reader: Identity  # the process that has read the card: this one
 
     @property
     def is_of_another_host(self) -> bool:
         """Whether the job runs where nothing can be looked at from here.
 
-        A container of this host has another host name, but the same boot. This host
-        before it was booted has another boot, but the same name.
+        A container of this host has another host name, but the same boot. After a
+        reboot a host has another boot, but the same name.
         """
-        here = self.here
-        return self.identity.host != here.host and self.identity.boot != here.boot
+        is_other_name = self.identity.host != self.reader.host
+        return is_other_name and not self.is_of_this_boot
 
     @property
     def is_of_this_boot(self) -> bool:
         """Whether the job runs on this host, maybe in a container."""
-        return self.identity.boot == self.here.boot
+        return self.identity.boot == self.reader.boot
 
     @property
     def is_of_this_pid_namespace(self) -> bool:
         """Whether its PID means the same process here."""
-        is_same = self.identity.pid_namespace == self.here.pid_namespace
+        is_same = self.identity.pid_namespace == self.reader.pid_namespace
         return self.is_of_this_boot and is_same
 
     @property
     def earliest_start(self) -> int:
         """A start time in ticks: no process of the job has started before that.
 
-        The card has the start time of the job's own process. If that is in a time
-        namespace (time_namespaces(7)) the time may be too late. So the moment at which
-        the card was made is the upper limit.
+        The card has the start time of the job's own process. In a time namespace
+        (time_namespaces(7)) that time may be too late. So the result is never later
+        than the moment at which the card was made.
 
         :return: 0 if it is unknown
         """
@@ -123,8 +124,8 @@ def own_start() -> int:
         return 0
 
 
-# To read it anew for each card would double the cost of an attempt. But the name of the
-# host may change.
+# To read it anew for each card would double the cost of an attempt. The host's name may
+# change, so it is an argument.
 @functools.lru_cache(maxsize=1)
 def _identity(pid: int, host: str) -> Identity:
     with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
@@ -164,7 +165,7 @@ def read(lock_path: str) -> Card | None:
     if not match:
         return None
     try:
-        here = own_identity()
+        reader = own_identity()
     except OSError as error:
         # Nobody can tell whether the card is of another host. So it may not be ignored.
         reason = f"/proc does not tell which host this is: {error.strerror}"
@@ -182,7 +183,7 @@ def read(lock_path: str) -> Card | None:
         uid=status.st_uid,
         came=status.st_mtime,
         renewed=status.st_ctime,
-        here=here,
+        reader=reader,
     )
 
 
@@ -212,9 +213,9 @@ def remove(lock_path: str) -> None:
 
 
 def _replace(path: str, text: str) -> None:
-    """Put a new card in the place of an old one; it keeps when its job came.
+    """Put a new card in the place of an old one, whose mtime it keeps.
 
-    That is done in one step: a lock without a card would look stale on another host.
+    The place is never empty: a lock without a card would look stale on another host.
 
     :raises OSError: when the system refuses that
     """

@@ -11,7 +11,7 @@ from avocado_vt_joblock.lock import JobLock
 
 #: How long to wait for leftovers, in seconds.
 END_TIMEOUT = 5.0
-#: How much of that is for a last look.
+#: How much of that is for a last look, in seconds.
 LAST_LOOK_TIME = 1.0
 #: How long to wait before looking again for processes that are known, in seconds.
 PAUSE = 0.1
@@ -26,7 +26,7 @@ def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
     """
     left = Leftovers()
     if looks:
-        left = Leftovers(obstacle=Obstacle.INTERRUPTED)
+        left = Leftovers(obstacle=Obstacle.INTERRUPTED)  # if Ctrl-C ends the look
         with contextlib.suppress(KeyboardInterrupt):
             left = _wait_for_leftovers(lock, tests_only=tests_only)
     problem: OSError | None = None
@@ -44,7 +44,7 @@ def give_back(lock: JobLock, *, looks: bool, tests_only: bool = False) -> None:
 
 
 def _wait_for_leftovers(lock: JobLock, *, tests_only: bool) -> Leftovers:
-    """Wait a while for the leftovers of a job to end; return those that do not."""
+    """Wait a while for the leftovers of a job to end; return those that still run."""
     deadline = time.monotonic() + END_TIMEOUT
     left = lock.find_leftovers(tests_only=tests_only, timeout=END_TIMEOUT)
     if left.processes:

@@ -7,7 +7,7 @@ import functools
 import pwd
 import time
 
-#: From what age on a time is wrong, in seconds: about 30 years.
+#: In seconds, about 30 years: an older time is wrong.
 _LONGEST_AGE = 1e9
 #: How much of a command line or of another text of anybody is shown, in characters.
 LIMIT = 160
@@ -19,7 +19,12 @@ def duration(seconds: float) -> str:
 
 
 def local_time(seconds: float) -> str:
-    """Return a time, given in seconds since the Epoch: 2026-11-20 22:15:04."""
+    """Return a time, given in seconds since the Epoch: 2026-11-20 22:15:04.
+
+    :param seconds: 0 where it is unknown
+    """
+    if not seconds:
+        return "unknown"
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (ValueError, OverflowError, OSError):
@@ -36,7 +41,13 @@ def since(seconds: float) -> str:
 
 
 def iso_time(seconds: float) -> str | None:
-    """Return a time by ISO 8601 with its zone: 2026-11-20T22:15:04+01:00."""
+    """Return a time by ISO 8601 with its zone: 2026-11-20T22:15:04+01:00.
+
+    :param seconds: 0 where it is unknown
+    :return: None where it is unknown
+    """
+    if not seconds:
+        return None
     try:
         when = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
         return when.astimezone().isoformat("T", "seconds")

@@ -11,6 +11,7 @@ import re
 
 from avocado_vt_joblock import procfs
 
+#: Their names, without a directory.
 HELPERS = frozenset(
     [
         "aexpect_helper",  # runs each command of avocado-vt, guests too
@@ -28,13 +29,13 @@ HELPERS = frozenset(
 )
 #: Up to this age, in seconds, an ``aexpect_helper`` is no helper: it may be about to
 #: start a guest.
-HELPER_START = 10.0
+HELPER_AGE = 10.0
 
 #: For example "python3.11", "bash".
 _INTERPRETER = re.compile(r"python[0-9.]*|(?:ba|da|k)?sh")
 #: What aexpect adds to a command: "tcpdump -i any && echo Xs3fGh2k > /dev/null".
 _AEXPECT_ECHO = re.compile(r"&& echo \w+ > /dev/null\Z")
-#: What a shell line has that runs more than one command: "tcpdump; qemu", "$(qemu)".
+#: What shows that a shell line runs more than one command: "tcpdump; qemu", "$(qemu)".
 _MORE_COMMANDS = re.compile(r"[;&|`$\n]")
 
 
@@ -45,7 +46,7 @@ def is_helper(words: list[str], started: int) -> bool:
     :param started: when it started, in ticks since boot
     """
     name = os.path.basename(program(words))
-    if name == "aexpect_helper" and procfs.age(started) <= HELPER_START:
+    if name == "aexpect_helper" and procfs.age(started) <= HELPER_AGE:
         return False
     return name in HELPERS
 

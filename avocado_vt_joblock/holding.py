@@ -1,8 +1,8 @@
 """``avocado vt-joblock run``: hold the lock while a command runs.
 
-The command gets signals as if the user had started it directly. While it runs this
-process blocks them, and reads them one by one. It passes each on to the command, but
-for those of a terminal: the command has got them already.
+The command gets signals as if the user had started it directly. While it runs, this
+process blocks them and reads them one by one. It passes each one on to the command,
+except those of a terminal, which the command gets from the terminal itself.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ CANNOT_RUN = 126
 NOT_FOUND = 127
 BY_SIGNAL = 128
 
-#: What Avocado takes from its command line, wherever that stands before a "--". With
-#: --version and -v, which it takes as well, no plugin is ever called.
+#: Options that Avocado reads itself, wherever they stand before a "--". With --version
+#: and -v, which are such options too, it never calls this plugin.
 AVOCADO_OPTIONS = ("--config", "--show", "--verbose", "-V", "--enable-paginator")
 
 #: How often to look whether the command has ended, whatever signals come, in seconds.
@@ -70,7 +70,8 @@ def run(directory: object, timeout: object, command: list[str]) -> int:
     except (LockInTheWayError, DirectoryError, options.OptionError) as error:
         return _refuse(messages.refusal(error, directory, log=""))
     except (KeyboardInterrupt, SystemExit):
-        return NO_LOCK  # They have come before the command was started.
+        # As a rule they have ended the wait for the lock.
+        return NO_LOCK
     finally:
         if lock:
             lock.abandon()
@@ -98,14 +99,13 @@ def _problem_of(command: list[str]) -> str:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[set[int]]:
-    """Block what is passed on, until the lock is given back.
+    """Block the signals that are passed on, until the lock is given back.
 
-    :return: the signals that were blocked before
+    Yields the signals that were blocked before.
     """
     # The terminal stops and continues this process together with the command.
     signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-    # A parent may have ignored it, and then nothing would tell that the command has
-    # ended.
+    # If a parent has ignored it, nothing would tell that the command has ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     blocked = _PASSED_ON | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
@@ -160,7 +160,7 @@ def _spawn(command: list[str], mask: set[int]) -> int:
     except OSError as error:
         if error.errno != errno.ENOEXEC:
             raise
-    # As env(1) does for a script without a line "#!".
+    # It is a script without a line "#!": sh runs it, as with env(1).
     script = shutil.which(command[0]) or command[0]
     return spawn("/bin/sh", ["sh", script, *command[1:]])
 
@@ -168,14 +168,15 @@ def _spawn(command: list[str], mask: set[int]) -> int:
 def _wait_for(pid: int) -> int:
     """Wait for a child, and pass signals on to it; return its exit code."""
     while True:
-        # A thread of a plugin may not block them. If it gets SIGCHLD, this waits until
-        # the interval ends. If it gets SIGINT, Python raises KeyboardInterrupt here.
+        # A plugin may have a thread that does not block these signals. If that thread
+        # gets SIGCHLD, this waits until the interval ends. If it gets SIGINT, Python
+        # raises KeyboardInterrupt here.
         info = None
         with contextlib.suppress(KeyboardInterrupt):
             info = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, POLL_INTERVAL)
         if info and info.si_signo in _PASSED_ON and info.si_code <= 0:
-            # By sigaction(2) a process has sent it, and not the terminal. If the child
-            # is root's, by sudo for example, it cannot be passed on.
+            # By sigaction(2), such a code means that a process has sent the signal, and
+            # not the terminal. To a child of root's, by sudo, it cannot be passed on.
             with contextlib.suppress(PermissionError):
                 os.kill(pid, info.si_signo)
         ended, status = os.waitpid(pid, os.WNOHANG)

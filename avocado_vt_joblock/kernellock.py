@@ -1,9 +1,9 @@
 """The kernel lock: an open file description lock of fcntl(2) on a whole lock file.
 
-The kernel drops it when all processes that have the open file have ended, so it tells
-whether its holder lives. On NFS the server keeps it, and clients and server see it
-alike. A flock(2) is another kind of lock. On a local file system neither minds the
-other; for NFS see ``ownfile``.
+The kernel drops it when the last process that has the file open closes it or ends. So
+it tells whether the holder lives, or a child with the same open file. On NFS the server
+keeps it, and clients and server see it alike. A flock(2) is another kind of lock. On a
+local file system the two do not affect each other; for NFS see ``ownfile``.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ def take(fd: int) -> None:
 
 
 def drop(fd: int) -> None:
-    """Give the kernel lock up, also for processes that have inherited the open file.
+    """Drop the kernel lock, also for processes that have inherited the open file.
 
     :raises OSError: when the system refuses that
     """

@@ -50,7 +50,7 @@ class JobProcess:
         if trace.lock_name in self.marks:
             return True
         # A user can give two jobs the same id. So the id does not count if the process
-        # has a mark: that is of the other job.
+        # has a mark: the mark names another job.
         if self.test_of == trace.job_id and not self.marks:
             return True
         # It may be a test or guest whose exec(2) hangs.
@@ -118,7 +118,7 @@ class Look:
 
         :param since: a start time in ticks; what has started before is not looked at
         :param timeout: how long it may take, in seconds
-        :raises Exception: whatever nobody has foreseen
+        :raises Exception: an unforeseen error of the scan
         """
         if cls._hanging and cls._hanging.still_hangs_for(since):
             return cls._hanging
@@ -150,7 +150,7 @@ class Look:
     def _still_runs(self, process: JobProcess) -> bool:
         if not self._scan or not self._scan.hanging:
             return True  # The look was taken just now.
-        # Such a look is used again, so it may be of some time ago.
+        # A look that hangs is used again, so this process may have ended since.
         return procfs.is_running(process.pid, process.started)
 
     def _obstacle(self, trace: Trace) -> tuple[Obstacle | None, str]:
@@ -200,15 +200,15 @@ class Look:
 def _may_be_guest(process: Process, trace: Trace, scan: Scan) -> bool:
     """Tell whether a process whose environment is denied may be a guest of a job."""
     is_of_other_user = os.geteuid() != trace.uid
-    if process.stat.started < trace.since:
+    if process.stat.started < trace.since or process.stat.is_kernel_thread:
         return False
     if scan.is_in_user_namespace:
-        return True  # For example the host's processes of the same user, in a toolbox.
+        return True  # In a toolbox processes of the same user are denied, too.
     if os.geteuid() == 0:
         return is_of_other_user  # Root without CAP_SYS_PTRACE, as in many containers.
     if is_of_other_user:
         return False  # An ordinary user sees no guests of others: GUESTS_OF_OTHERS.
-    # That of the same user is denied if its group is another: sg(1), newgrp(1).
+    # A process of the same user is denied if it has another group: sg(1), newgrp(1).
     return process.uid == trace.uid
 
 

@@ -10,9 +10,9 @@ What it promises, the most important first; ``docs/promises.rst`` has the detail
 
 A contender first publishes a lock file of its own, and then reads those of others. So
 of two contenders at least one sees the other: that alone keeps exclusion. Without more,
-each might see the other, and both would give up. So contenders of one host do both
-steps one after the other, each while it has the guard of the directory. It is freed
-before any step that can take long.
+each might see the other, and both would give up. So contenders of one host take turns:
+each does both steps while it has the guard of the directory. It frees the guard before
+any step that can take long.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class WaitedInVainError(LockInTheWayError):
 
 
 class Phase(enum.Enum):
-    """What this process has to do with the lock."""
+    """What this process does with the lock."""
 
     OUT = enum.auto()  # nothing, not yet or not any more
     TRYING = enum.auto()  # it makes an attempt, or waits for the next one
@@ -133,8 +133,8 @@ class JobLock:
     def acquire(self, *, waits: bool = False) -> list[LockFile]:
         """Make one attempt to take the lock.
 
-        A failed attempt leaves nothing, but for the card of a job that will try again.
-        That is its ticket: it keeps its place among the jobs that wait.
+        A failed attempt leaves nothing, except the card of a job that will try again.
+        This is the job's ticket: it keeps the job's place among those that wait.
 
         :param waits: whether the job will try again if this attempt fails
         :return: the stale locks that were there; one that could not be removed says why
@@ -146,13 +146,13 @@ class JobLock:
             try:
                 return self._attempt(guard, waits=waits)
             except BaseException:
-                # In here, so that the guard, if it is still held, is freed only after
-                # that: no other contender is to be refused by what has failed.
+                # Before the guard is freed: the file of a failed attempt must not
+                # refuse the next contender.
                 self._withdraw(waits=waits)
                 raise
 
     def find_leftovers(self, *, tests_only: bool, timeout: float) -> Leftovers:
-        """Find what the job has started and still runs.
+        """Find the processes that the job has started and that still run.
 
         :param tests_only: whether nothing but tests counts
         :param timeout: how long that may take, in seconds
@@ -168,7 +168,7 @@ class JobLock:
         :raises FileNotFoundError: when somebody has removed or replaced it before
         :raises OSError: when it cannot be removed
         """
-        self._give_up(removes=True)
+        self._give_back(removes=True)
 
     def hand_over(self) -> None:
         """Leave the lock file to the leftovers; do nothing if the lock is not held.
@@ -178,7 +178,7 @@ class JobLock:
         :raises FileNotFoundError: when somebody has removed or replaced it before
         :raises OSError: when the system does not tell
         """
-        self._give_up(removes=False)
+        self._give_back(removes=False)
 
     def abandon(self) -> None:
         """Make sure that this process neither holds the lock nor waits for it.
@@ -194,7 +194,7 @@ class JobLock:
     # One attempt, step by step.
 
     def _attempt(self, guard: Guard, *, waits: bool) -> list[LockFile]:
-        """Make an attempt; whoever calls this removes what it has made if it fails."""
+        """Make an attempt; if it fails, the caller removes what it has made."""
         card.make(self.path)
         if waits:
             self._give_way(guard)
@@ -263,6 +263,7 @@ class JobLock:
         deadline = time.monotonic() + RIVAL_TIMEOUT
         while True:
             listing = self._directory.listing()
+            # Somebody has removed it, and so others do not see it.
             if self._file.name not in listing.lock_names:
                 raise DirectoryError(Use.WRITE, lockdir.system_error(errno.ENOENT))
             self._directory.remove_litter(listing, self.path)
@@ -300,10 +301,10 @@ class JobLock:
     def _withdraw(self, *, waits: bool) -> None:
         """Remove what an attempt has made; a job that waits keeps its ticket."""
         self._file.withdraw(keeps_card=waits)
-        self._forget(Phase.TRYING if waits else Phase.OUT)
+        self._drop(Phase.TRYING if waits else Phase.OUT)
 
-    def _give_up(self, *, removes: bool) -> None:
-        """Give the lock up, if it is held.
+    def _give_back(self, *, removes: bool) -> None:
+        """Give the lock back, if it is held.
 
         After Ctrl-C in here it still counts as held, so abandon() hands it over.
 
@@ -322,12 +323,12 @@ class JobLock:
                 # The file stays. It must not keep others out only because this process
                 # runs on.
                 self._file.hand_over()
-            self._forget(Phase.OUT)
+            self._drop(Phase.OUT)
             raise
-        self._forget(Phase.OUT)
+        self._drop(Phase.OUT)
 
-    def _forget(self, phase: Phase) -> None:
-        """Let the kernel lock and the mark go, and note what this process does now."""
+    def _drop(self, phase: Phase) -> None:
+        """Drop the kernel lock and the mark, and note what this process does now."""
         marks.take_from_this_process(self._file.name)
         self._file.close()
         self._phase = phase
@@ -341,7 +342,7 @@ def _in_the_way(files: list[LockFile]) -> list[LockFile]:
 
 def _is_to_be_removed(file: LockFile) -> bool:
     # Only its owner and root see whether a guest of its job runs, so they remove it.
-    is_for_its_owner = file.left.obstacle is Obstacle.GUESTS_OF_OTHERS
+    is_for_its_owner = file.leftovers.obstacle is Obstacle.GUESTS_OF_OTHERS
     return file.state is State.STALE and not is_for_its_owner
 
 

@@ -18,21 +18,21 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from avocado_vt_joblock import card, lockfile
+from avocado_vt_joblock import card, lockfile, procfs
 from avocado_vt_joblock.card import Card
 from avocado_vt_joblock.lockfile import LockFile
 
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
 #: How long a ticket counts after it was renewed, in seconds. A job that waits renews it
-#: when an attempt begins and when it ends. In an attempt it may be without a lock file
-#: for 7 s: 1 for leases, 5 for processes, 1 for the guard. Between two attempts it may
-#: be 2 s.
+#: when an attempt begins and when it ends. During an attempt the job may be without a
+#: lock file for 7 s: 1 for leases, 5 for processes, 1 for the guard. Between two
+#: attempts that is 2 s: 1 for the pause, 1 for the guard.
 TICKET_TIMEOUT = 10.0
-#: A card or an unpublished file that is older was left by a crash, in seconds.
+#: In seconds: an older card or unpublished file, without a lock file, is of a crash.
 LITTER_AGE = 60.0
 
-#: What belongs to a lock file and is none: a file that is not published yet, a card
+#: Files that belong to a lock file: a file that is not published yet, a card
 #: (.host), a card that is about to replace another one (.host.new). For example
 #: .avocado-vt-joblock-8f0a3ed06dc5353fe19db0e0ab8f3a10a9c3b6ba-1000-5f2c9d01.pid.host
 _COMPANION = re.compile(
@@ -158,7 +158,7 @@ class LockDirectory:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[Guard]:
-        """Have the guard, if it can be had in time.
+        """Have the guard during a ``with``, if it can be had in time.
 
         :raises DirectoryError: when the directory cannot be opened
         """
@@ -192,7 +192,7 @@ class LockDirectory:
     def tickets(self, listing: Listing, now: float) -> list[Ticket]:
         """Return the tickets of jobs that wait and live, in the order of their turns.
 
-        :param listing: what it has
+        :param listing: the listing of this directory
         :param now: in seconds since the Epoch, by the clock of the file system
         """
         tickets = []
@@ -208,7 +208,7 @@ class LockDirectory:
     def remove_litter(self, listing: Listing, new_file: str) -> None:
         """Remove orphans that were left by a crash: they are old.
 
-        :param listing: what it has
+        :param listing: the listing of this directory
         :param new_file: the path of a file that was just made: its time is now, by the
             clock of the file system
         """
@@ -236,7 +236,8 @@ def _is_ticket(found: Card, now: float) -> bool:
     """Tell whether a card without a lock file is the ticket of a job that lives."""
     if found.is_handed_over:
         return False  # The lock file was removed without it, by avocado-vt maybe.
-    if found.is_of_this_pid_namespace and not found.writer_lives:
+    its = found.identity
+    if found.is_of_this_pid_namespace and not procfs.may_run(its.pid, its.started):
         return False
     # A job that does not wait has such a card, too, for the moment before it publishes
     # its lock file. But only one that waits renews it, after a first failed attempt.

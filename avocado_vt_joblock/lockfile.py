@@ -1,8 +1,9 @@
 """Lock files: how they are named and written, and the one verdict on each.
 
-The holder of a lock has the kernel lock on its file. Its tests and guests may outlive
-it, so without the kernel lock they are looked for. The card beside the file is a second
-witness. A file of avocado-vt, which has neither, is first judged by its PID.
+The holder of a lock has the kernel lock on its file. The card beside the file is a
+second witness that it lives. Its tests and guests may run longer than the holder: where
+both witnesses are silent, leftovers are looked for. A file of avocado-vt has neither
+kernel lock nor card. It is first judged by its PID.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import stat
 import time
 from dataclasses import dataclass, field
 
-from avocado_vt_joblock import card, kernellock, leftovers, marks, procfs
+from avocado_vt_joblock import card, kernellock, marks, procfs
 from avocado_vt_joblock.card import Card
-from avocado_vt_joblock.leftovers import Leftovers, Obstacle
+from avocado_vt_joblock.leftovers import Leftovers, Look, Obstacle, Trace
 
 #: How the name of every lock file begins. avocado-vt treats every file with this prefix
 #: as a lock. Cards, and files that are not published yet, therefore begin with a dot.
@@ -77,7 +78,7 @@ class LockFile:
     # What is read.
     card: Card | None = None
     uid: int | None = None  # its owner
-    since: float = 0.0  # when it was written, in seconds since the Epoch
+    since: float = 0.0  # when it was written, in seconds since the Epoch; 0: unknown
     is_regular: bool = True
     is_held: bool = False  # whether a process has the kernel lock on it
     uses_kernel_lock: bool = True  # whether its writer takes one: avocado-vt does not
@@ -87,7 +88,7 @@ class LockFile:
     flaw_detail: str = ""  # of Flaw.SYSTEM: the words of the system
     # The verdict.
     state: State = State.UNKNOWN
-    left: Leftovers = field(default_factory=Leftovers)  # of its job, if that has ended
+    leftovers: Leftovers = field(default_factory=Leftovers)  # of a job that has ended
     not_removed: str = ""  # why a stale one is still there, in the words of the system
 
     @property
@@ -112,10 +113,10 @@ class LockFile:
         return self.card if self.card and self.card.uid == self.uid else None
 
     @property
-    def trace(self) -> leftovers.Trace:
+    def trace(self) -> Trace:
         """What the processes of its job are recognized by."""
         since = self.own_card.earliest_start if self.own_card else 0
-        return leftovers.Trace(self.name, self.job_id, self.uid, since)
+        return Trace(self.name, self.job_id, self.uid, since)
 
     def command(self) -> str:
         """Return the command line of its job's own process, where that is seen."""
@@ -157,10 +158,10 @@ def judge_by_leftovers(files: list[LockFile], timeout: float) -> None:
     ended = [file for file in files if file.state is State.ENDED]
     if not ended:
         return
-    look = leftovers.Look.take(min(file.trace.since for file in ended), timeout)
+    look = Look.take(min(file.trace.since for file in ended), timeout)
     for file in ended:
-        file.left = look.leftovers_of(file.trace)
-        file.state = _state_by(file.left)
+        file.leftovers = look.leftovers_of(file.trace)
+        file.state = _state_by(file.leftovers)
 
 
 def _judge(file: LockFile) -> tuple[State, Flaw | None]:
@@ -237,13 +238,14 @@ def _read_facts(file: LockFile, deadline: float) -> bool:
         match = _CONTENT.fullmatch(os.read(fd, 32))
     finally:
         os.close(fd)
-    # Another file may have come in its place between lstat() and open().
+    # By fstat(): another file may have come in its place between lstat() and open().
     file.uid, file.since = status.st_uid, status.st_mtime
     file.uses_kernel_lock = bool(match and match["uses_kernel_lock"])
     if match and 0 < int(match["pid"]) < 2**31:
         file.pid = int(match["pid"])
         file.pid_is_here = _is_pid_here(file)
-    # A file without a kernel lock may have been removed since, and replaced by another.
+    # Without the kernel lock it may have been removed since. If it was replaced, the
+    # writer of the new file sees this contender.
     return file.is_held or os.path.samestat(os.lstat(file.path), status)
 
 
@@ -264,16 +266,14 @@ def _open(path: str, deadline: float) -> int:
 def _is_pid_here(file: LockFile) -> bool:
     """Tell whether the process with the PID of a lock file may be its writer.
 
-    :return: False only where it is plain that it is another process, or none
+    :return: False only if it is certain that it is another process, or none
     """
-    if file.own_card and not file.own_card.is_of_this_pid_namespace:
+    its_card = file.own_card
+    if its_card:
+        is_same = its_card.is_of_this_pid_namespace
+        return is_same and procfs.may_run(file.pid, its_card.identity.started)
+    if not procfs.may_run(file.pid):
         return False
-    try:
-        os.kill(file.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # It is another user's.
     if not procfs.shows_own_namespace():
         return True
     try:
@@ -283,18 +283,14 @@ def _is_pid_here(file: LockFile) -> bool:
 
 
 def _may_have_written(file: LockFile) -> bool:
-    """Tell whether the process that has the PID of a lock file may be its writer.
+    """Tell whether a process without a card may be the writer of a lock file.
 
     :raises OSError: when it cannot be read
     """
-    process = procfs.read_stat(file.pid)
-    if process.has_ended:
-        return False
-    if file.own_card:
-        return process.started == file.own_card.identity.started
     if file.is_held:
         try:
             return procfs.has_open(file.pid, file.name)
         except PermissionError:
             pass  # It is another user's: only the times can be compared.
-    return time.time() - procfs.age(process.started) <= file.since + CLOCK_SLACK
+    started = time.time() - procfs.age(procfs.read_stat(file.pid).started)
+    return started <= file.since + CLOCK_SLACK

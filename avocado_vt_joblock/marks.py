@@ -9,11 +9,11 @@ COMMAND`` starts a process that is not of the job.
 import os
 import threading
 
-#: It keeps this name: jobs of different versions look for what is left of each other.
+#: Do not rename it: jobs of other versions look for this name.
 VARIABLE = "AVOCADO_VT_JOBLOCK"
 
 # Two threads that change the variable at once would lose one of the changes. It is an
-# RLock, since Ctrl-C may stop a thread that has it, which then takes it once more.
+# RLock: Ctrl-C may stop a thread that has it, and the same thread takes it again then.
 _lock = threading.RLock()
 
 

@@ -54,7 +54,7 @@ def refusal(error: BaseException, directory: object, log: object) -> str:
 
 
 def why_stopped(error: BaseException, directory: object) -> str:
-    """Say why the lock cannot be had; return "" where nobody has thought of that.
+    """Say why the lock cannot be had; return "" for an unforeseen error.
 
     :param error: what stops a job
     :param directory: the lock directory, as it is set
@@ -249,7 +249,7 @@ and, since it has no sticky bit, remove the lock while a job runs. Prevent that:
 
 
 def unknown_key(key: str) -> str:
-    """Warn of what is set and is no option."""
+    """Warn of a setting that is no option."""
     return f"""[{SECTION}] has no option {key!r}: it is ignored.
 The options are dir and timeout."""
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from avocado_vt_joblock import DIR, SECTION, TIMEOUT
 
-#: The plugin that takes the lock, before all others, and the one that gives it back,
-#: after all others.
+#: The plugin that takes the lock: it runs before all others.
 FIRST_PLUGIN = "vt-joblock"
+#: The plugin that gives the lock back: it runs after all others.
 LAST_PLUGIN = "vt-joblock-release"
 #: The options of our section.
 KEYS = frozenset(["dir", "timeout"])
@@ -75,7 +75,7 @@ def timeout(value: object) -> float:
 
 
 def directory(value: object) -> str:
-    """Return the path of the lock directory, which may not exist.
+    """Return the path of the lock directory; it need not exist.
 
     :param value: what is set, for example "~/locks"
     :raises OptionError: when that is no absolute path
@@ -89,7 +89,7 @@ def directory(value: object) -> str:
 
 
 def unknown_keys(config: Any) -> list[str]:
-    """Return what config files set in our section though there is no such option.
+    """Return the keys that config files have in our section, and that are no options.
 
     :param config: what Avocado has read from files: a ``ConfigParser`` in older
         versions, in newer ones a mapping from "SECTION.KEY"

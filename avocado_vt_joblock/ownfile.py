@@ -58,8 +58,8 @@ class OwnFile:
     def check(self) -> None:
         """Check that the file is still in its place.
 
-        :raises FileNotFoundError: when somebody has removed or replaced it, or when
-            this process has closed it, before Ctrl-C for example
+        :raises FileNotFoundError: when somebody has removed or replaced it, or when an
+            earlier call, which Ctrl-C has stopped, has closed it
         :raises OSError: when the system does not tell
         """
         if not self._stream or self._stream.closed:
@@ -84,8 +84,8 @@ class OwnFile:
     def hand_over(self) -> None:
         """Let the file keep others out only while a process runs that the job started.
 
-        Without that it would do so as long as this process runs, or a child that has
-        inherited the open file.
+        Otherwise it would keep others out until this process has ended, and each child
+        that has inherited the open file.
         """
         card.hand_over(self.path)
         if self._stream:
@@ -103,7 +103,7 @@ class OwnFile:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
         except OSError:
-            self.hand_over()
+            self.hand_over()  # So the file stops nobody.
             return
         if keeps_card:
             card.make(self.path)
@@ -111,7 +111,7 @@ class OwnFile:
             card.remove(self.path)
 
     def close(self) -> None:
-        """Give the kernel lock up, if it is still there."""
+        """Close the file, which drops the kernel lock."""
         if self._stream:
             with contextlib.suppress(OSError):
                 self._stream.close()

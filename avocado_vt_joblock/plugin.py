@@ -48,16 +48,16 @@ class VTJobLock(JobPre):
             104.0, and after Ctrl-C
         """
         try:
-            # In a dry run no test is of that kind.
+            # In a dry run no test is of this kind.
             if any(test.kind == "avocado-vt" for test in _tests(job)):
                 _acquire(job)
         except BaseException as error:
-            stop: BaseException = SystemExit(_JOB_FAIL)
+            exception: BaseException = SystemExit(_JOB_FAIL)
             try:
-                stop = _stop_without_package(job) or _stop(job, error)
+                exception = _stop_without_package(job) or _stop(job, error)
             finally:
                 # This replaces any exception of the line above: Avocado must not go on.
-                raise stop from None
+                raise exception from None
 
 
 class VTJobUnlock(JobPost):
@@ -78,7 +78,7 @@ class VTJobUnlock(JobPost):
                 refusal.rearm(job)
                 _give_back(job)
         finally:
-            # After Ctrl-C in the middle of that the next job judges what is left.
+            # If Ctrl-C has stopped the above, the next job judges what is left.
             lock: JobLock | None = vars(job).get(_LOCK)
             if lock:
                 lock.abandon()
@@ -115,14 +115,14 @@ def _acquire(job: Job) -> None:
     if _import_error:
         raise _import_error
     # A program may run the same job again after it was stopped.
-    refusal.forget(job)
+    refusal.undo_stop(job)
     refusal.disarm(job)
     config = _config_of(job)
     options.check_order(_order_of_plugins())
     timeout = options.timeout(config[TIMEOUT])
     directory = options.directory(config[DIR])
     lock = JobLock(directory, str(job.unique_id))
-    # Before the first attempt, so that post() finds whatever comes of it.
+    # Before the first attempt, so that post() can give the lock back in any case.
     vars(job)[_LOCK] = lock
     telling.tell_of_stale(waiting.acquire(lock, timeout))
     with contextlib.suppress(Exception):
@@ -173,8 +173,8 @@ def _give_back(job: Job) -> None:
     """Give the lock back if the job has it."""
     lock: JobLock | None = vars(job).get(_LOCK)
     if lock and lock.is_held:
-        # A test that has passed may leave guests on purpose. Where guests are kept,
-        # every test leaves them for the next job.
+        # Tests that have passed may leave guests on purpose. With this setting all
+        # tests do.
         keeps_guests = job.config.get("vt.setup.keep_guest_running") is True
         looks = not _all_passed(job)
         ending.give_back(lock, looks=looks, tests_only=keeps_guests)
@@ -183,9 +183,8 @@ def _give_back(job: Job) -> None:
 def _all_passed(job: Job) -> bool:
     """Tell whether every test of a job has passed, and nothing else went wrong.
 
-    If a test ends in any other way avocado-vt does not tell whether its clean-up has
-    failed, and a guest may still run. The status is PASS when all suites have run, and
-    no exception is under way.
+    If a test ends in any other way its clean-up may have failed, too, without a word of
+    avocado-vt. The status is PASS only if all suites have run without an exception.
     """
     if job.status != "PASS" or job.exitcode or not job.result:
         return False

@@ -43,7 +43,7 @@ def age(started: int) -> float:
 
 
 def ticks_ago(seconds: float) -> int:
-    """Return the start time of a process that would have started so long ago."""
+    """Return the start time, in ticks, of a process that started so long ago."""
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     return int((now - seconds) * os.sysconf("SC_CLK_TCK"))
 
@@ -81,6 +81,28 @@ def is_running(pid: int, started: int) -> bool:
     return stat.started == started and not stat.has_ended
 
 
+def may_run(pid: int, started: int | None = None) -> bool:
+    """Tell whether a process may run; also if /proc hides it.
+
+    :param pid: its PID in the namespace of this process
+    :param started: its start time in ticks; None where that is unknown
+    :return: False only if it is certain that it has ended
+    """
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # It is another user's.
+    if not shows_own_namespace():
+        return True
+    try:
+        stat = read_stat(pid)
+    except OSError:
+        return True
+    return not stat.has_ended and started in (None, stat.started)
+
+
 def own_pid() -> int:
     """Return the PID of this process in the namespace that /proc shows.
 
@@ -100,7 +122,7 @@ def shows_own_namespace() -> bool:
 def ancestors() -> set[int]:
     """Return the PIDs of the parent of this process, of its parent, and so on.
 
-    The list ends at the first one that /proc hides, one of another user maybe.
+    They end at the first one that /proc hides, maybe one of another user.
     """
     found: set[int] = set()
     with contextlib.suppress(OSError):
@@ -124,6 +146,7 @@ def has_open(pid: int, file_name: str) -> bool:
         for link in links:
             # A descriptor may be closed meanwhile.
             with contextlib.suppress(FileNotFoundError):
+                # Such as "/tmp/NAME", or "/tmp/NAME (deleted)".
                 if file_name in os.readlink(link):
                     return True
     return False
@@ -159,7 +182,7 @@ def hides_others() -> bool:
         for line in file:
             # proc /proc proc rw,nosuid,nodev,noexec,relatime,hidepid=invisible 0 0
             fields = line.split(" ")
-            # Of several mounts there the last one is on top.
+            # If there are several mounts the last one is on top.
             if fields[1] == "/proc":
                 options = fields[3]
     return "hidepid=" in options and not _sees_all()

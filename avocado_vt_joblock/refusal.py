@@ -1,9 +1,9 @@
 """A stopped job: its clean-up does not run, and all its results show an error.
 
 At the end of each job Avocado calls ``post_tests`` of other plugins and runs the
-post-job scripts. For a job that was stopped before its tests it does so, too. But what
-they undo may be of another job: the one that holds the lock, with the same images. So a
-job is *disarmed*, which means that both are switched off, until it has the lock.
+post-job scripts. For a job that was stopped before its tests it does so, too. But then
+they may undo what another job needs: the one that holds the lock, with the same images.
+So a job is *disarmed*, which means that both are switched off, until it has the lock.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def disarm(job: Job) -> None:
 
 
 def rearm(job: Job) -> None:
-    """Give a job back what it was disarmed of, if it was."""
+    """Restore what disarm() has switched off, if it has."""
     attributes = vars(job)
     if _DISARMED in attributes:
         attributes["post_tests"], scripts = attributes[_DISARMED]
@@ -55,7 +55,7 @@ def rearm(job: Job) -> None:
         del attributes[_DISARMED]
 
 
-def forget(job: Job) -> None:
+def undo_stop(job: Job) -> None:
     """Undo what stop() has changed in an earlier run of this job, if there was one."""
     rearm(job)
     before = vars(job).pop(_RESULTS, None)
@@ -93,6 +93,7 @@ def stop(job: Job, error: BaseException, directory: object) -> BaseException:
 
 
 def _exception_of_avocado(job: Job, text: str) -> BaseException:
+    """Return what stops a job; where Avocado would not tell the user why, do so."""
     with contextlib.suppress(Exception):
         from avocado.core import extension_manager
         from avocado.core.exceptions import JobError
@@ -150,9 +151,8 @@ def _show_in_tap(job: Job, state: dict[str, Any]) -> None:
     """Make Avocado's TAP plugin write the error.
 
     Other reports are made from the results at the end of the job. But that plugin
-    writes at events, and a stopped job has none. It is called in a new object, which
-    opens and closes its own files: if a program runs the job again, it needs the old
-    object with open files.
+    writes at events, and a stopped job has none. A new object of it is used, with files
+    of its own: the job's own object is needed if a program runs the job again.
     """
     from avocado.plugins.tap import TAPResult
 

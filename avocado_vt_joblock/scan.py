@@ -1,10 +1,10 @@
 """A scan: a bounded look at all processes of the host but this one.
 
 It must miss no process of a job, though processes start and end while it looks. So it
-goes in rounds. In each one it lists /proc, and reads the listed processes that it has
-not read before. It has seen all after a round in which it could read each of these
-before it ended. If one has ended it may have started a child after the listing: only
-another round shows that.
+makes rounds. In each round it lists /proc, and reads the processes that are new in the
+list. The scan is complete after a round in which it has read every new process before
+that process ended. A process that ended before may have started a child after /proc
+was listed, and only another round shows that child.
 
 To read a process may take for ever, if that process waits for storage that is dead. So
 a scan reads in a thread of its own. A thread that cannot go on is left behind.
@@ -31,12 +31,13 @@ ROUND_PAUSE = 0.005
 # During an exec(2), and when a process ends, it shows no environment for some
 # microseconds. So a process that shows none is read again in the next rounds. If it
 # never shows one it was started without.
-#: How often such a process is read, at least.
+#: How often such a process is read, at least: on a busy host EXEC_TIME may be over
+#: before it has gone on.
 EXEC_READS = 3
 #: How much time is between the first and the last of these reads, at least, in seconds.
 EXEC_TIME = 0.005
-#: The time instead of EXEC_TIME for a process that shows no command line either, in
-#: seconds: it may be stuck in its exec(2).
+#: Used instead of EXEC_TIME for a process that shows no command line either, since it
+#: may be stuck in its exec(2); in seconds.
 BLANK_TIME = 0.5
 
 
@@ -47,7 +48,7 @@ class Process:
     stat: Stat
     uid: int  # the effective user id; 0 where it is not dumpable, see proc(5)
     command: bytes  # the words of its command line, each with a NUL at its end
-    environ: bytes | None  # the same of its environment; None where that is denied
+    environ: bytes | None  # its variables, in the same way; None where that is denied
 
     @property
     def has_no_environ(self) -> bool:
@@ -111,7 +112,7 @@ class Scan:
     def wait(self) -> None:
         """Wait until the scan is over, or a process hangs, or the time is over.
 
-        :raises Exception: whatever nobody has foreseen in the thread
+        :raises Exception: an unforeseen error in the thread
         """
         self._thread.join(self._timeout)
         if not self.is_running:
@@ -153,8 +154,8 @@ class Scan:
             if not self._look_at(pid):
                 some_ended = True
         for pid, started in done_before.items():
-            # Otherwise the PID is that of another process now, and is read again.
             if pid not in listed or not _may_be_the_same(pid, started):
+                # Another process may have this PID now, or soon: it is to be read.
                 del self._done[pid]
         if some_ended:
             return False
@@ -202,7 +203,7 @@ class Scan:
             self.denied.append(Process(unknown, uid, b"", None))
 
     def _is_to_be_read_again(self, process: Process) -> bool:
-        """Tell whether a process may only show no environment for the moment."""
+        """Tell whether a process shows no environment, but may soon show one."""
         if not process.has_no_environ:
             return False
         now = time.monotonic()
@@ -217,7 +218,7 @@ def _may_be_the_same(pid: int, started: int | None) -> bool:
     """Tell whether a PID may still be that of the process that was read."""
     with contextlib.suppress(PermissionError, FileNotFoundError, ProcessLookupError):
         return procfs.read_stat(pid).started == started
-    # It is hidden, and nobody can tell. Or it is gone, and the next listing lacks it.
+    # It is hidden, and nobody can tell. Or it has ended, and the next listing lacks it.
     return True
 
 

@@ -1,8 +1,8 @@
 """The options: registered, and found in config files.
 
-Avocado loads this module at every start, so it imports very little. Avocado makes its
-own object ``settings`` only after that. So this module imports Avocado's module, and
-takes the object from it when it is needed.
+Avocado loads this module at every start, so it imports very little. At that moment
+Avocado's object ``settings`` does not exist yet. So this module imports the module that
+will have it, and takes the object from there when it is needed.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class VTJobLockInit(Init):
 
     name = "vt-joblock"
     description = "Avocado-VT Job Lock/Unlock initialization"
-    # After avocado-vt's "vt-init". That plugin registers one of these options, too. If
-    # the option is already there, it fails before it has loaded avocado-vt's own config
-    # files.
+    # After avocado-vt's plugin "vt-init", which registers one of these options, too. If
+    # vt-init came second it would fail, and not load avocado-vt's own config files.
     priority = 0  # PluginPriority.LAST_RESORT
 
     def initialize(self) -> None:
         """Register the options, unless avocado-vt has."""
         _register("dir", "/tmp", _DIR_HELP)
-        # As a string, since Avocado would fail every command for one that is no number.
+        # A string: with a number as default, each command of Avocado would fail where a
+        # config file has something else.
         _register("timeout", "0", _TIMEOUT_HELP)
 
 
@@ -57,12 +57,13 @@ class VTJobLockSettings(Settings):
     priority = 0
 
     def adjust_settings_paths(self, paths: list[str]) -> None:
-        """Put the files of this package first, so that every other one wins over them.
+        """Put the files of this package first, so that every other file wins over them.
 
-        Avocado finds the installed one by itself in an activated virtual environment
-        only, and puts the files of conf.d in no certain order. In an activated
-        environment it does not read the administrator's file. It is added then, so that
-        all jobs of a machine use one lock directory. The order becomes:
+        Avocado itself finds the installed file only in an activated virtual
+        environment, and puts the files of conf.d in no certain order. But in an
+        activated environment it does not read the administrator's file. This method
+        then adds that file, so that all jobs of a machine use one lock directory. The
+        order becomes:
 
         1. PREFIX/etc/avocado/conf.d/vt_joblock.conf, of pip;
         2. /etc/avocado/conf.d/vt_joblock_defaults.conf, of the RPM;
@@ -93,7 +94,7 @@ def _register(key: str, default: str, help_msg: str) -> None:
 
 
 def _is_one_of(path: str, files: list[str]) -> bool:
-    """Tell whether a config file is one of those, maybe by another path.
+    """Tell whether a config file is one of some files, maybe by another path.
 
     An environment may be activated by a symbolic link to it.
     """

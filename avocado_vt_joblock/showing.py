@@ -40,7 +40,7 @@ class Survey:
     directory: str
     files: list[LockFile] = field(default_factory=list)
     waiting: list[Ticket] = field(default_factory=list)
-    #: What is seen to run of a job whose own process lives, by the path of its file.
+    #: What is seen to run of jobs whose own process lives, by the paths of their files.
     processes: dict[str, list[JobProcess]] = field(default_factory=dict)
     #: What is wrong with the settings or the directory, so that each job is stopped.
     problem: str = ""
@@ -63,7 +63,7 @@ def show(config: dict[str, Any], json_file: str | None) -> int:
 
     :param config: the settings
     :param json_file: where to write the same as JSON; "-" for standard output
-    :return: the exit code: 0 if a job would get the lock, 2 if not
+    :return: the exit code: 0 if a job would get the lock, 2 if not, ``NOT_WRITTEN``
     """
     survey = _survey(config)
     if f"job.prepost.{options.FIRST_PLUGIN}" in config.get("plugins.disable", []):
@@ -91,10 +91,11 @@ def _survey(config: dict[str, Any]) -> Survey:
         survey.files = directory.read_locks(listing.lock_names)
         lockfile.judge_by_leftovers(survey.files, LOOK_TIMEOUT)
         survey.files.sort(key=lambda file: file.state)
-        # By the clock of this host: only a new file would show that of the file system.
+        # By the clock of this host. That of the file system is seen in new files only,
+        # and this makes none.
         survey.waiting = directory.tickets(listing, time.time())
         survey.processes = _processes_of_living(survey.files)
-        # Only now what stops a job although all of that can be shown.
+        # These come last: they stop a job, but all of the above can be shown.
         options.check_order(config.get("plugins.job.prepost.order"))
         options.timeout(config[TIMEOUT])
         if not os.access(survey.directory, os.W_OK | os.X_OK):
@@ -110,7 +111,7 @@ def _processes_of_living(files: list[LockFile]) -> dict[str, list[JobProcess]]:
         file
         for file in files
         if file.state in (State.LIVE, State.OUTER)
-        and not file.left.processes
+        and not file.leftovers.processes
         and not file.is_elsewhere
     ]
     if not living:
@@ -148,7 +149,7 @@ def _as_json(survey: Survey) -> dict[str, Any]:
 
 
 def _lock_as_json(survey: Survey, file: LockFile) -> dict[str, Any]:
-    processes = file.left.processes or survey.processes.get(file.path, [])
+    processes = file.leftovers.processes or survey.processes.get(file.path, [])
     return {
         "file": file.path,
         "state": file.state.name.lower(),

@@ -1,7 +1,7 @@
 """How a job tells its user and its log.
 
-This is no part of ``messages``: Avocado drops every log record that comes from a module
-of that name.
+This is a module of its own, since Avocado drops every log record that comes from a
+module called ``messages``.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def tell(
 
 
 def tell_of_stale(files: list[LockFile]) -> None:
-    """Tell what has become of stale locks, and warn of guests that nobody can see."""
+    """Tell what has become of stale locks, and warn of guests that are not seen."""
     for file in files:
         if file.not_removed:
             tell(messages.not_removed(file))
-        elif file.left.obstacle:
+        elif file.leftovers.obstacle:
             tell(advice.guests_of_others(file))
         else:
             tell(messages.removed(file), logging.INFO, loggers=(JOB_LOG,))

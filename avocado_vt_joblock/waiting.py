@@ -93,7 +93,7 @@ class _Wait:
         self._has_waited = True
         self._tell(error, waited)
         self._show_on_terminal(error, waited)
-        # A random pause keeps jobs that came together apart.
+        # It is random, so that jobs that came together do not try together again.
         pause = ATTEMPT_INTERVAL * random.uniform(0.5, 1)
         time.sleep(min(pause, self._timeout - waited))
 
@@ -112,10 +112,10 @@ class _Wait:
     def _is_of_use(self, error: LockInTheWayError | DirectoryError) -> bool:
         """Tell whether it is of use to wait, and note since when there is trouble.
 
-        Another job ends at some time. A job that this one is part of does not. Anything
-        else is a trouble: a full disk, a server that does not answer, a lock that
-        nobody can judge. At the first attempt it is most likely a mistake that stays.
-        Later it may pass in a minute.
+        Another job ends at some time. A job that has started this one does not end
+        before it. Anything else is a trouble: a full disk, a server that does not
+        answer, a lock that nobody can judge. At the first attempt it is most likely a
+        mistake that stays. Later it may pass in a minute.
         """
         if isinstance(error, LockInTheWayError):
             if error.may_pass:
@@ -168,11 +168,11 @@ def _has_terminal() -> bool:
 
 
 def _situation(error: LockInTheWayError | DirectoryError) -> tuple[object, ...]:
-    """Return what makes a situation another one: each is told in full only once."""
+    """Return a key of the situation: each situation is told in full only once."""
     if isinstance(error, DirectoryError):
         return (str(error),)
     file = error.file
     if not file:
         return ()
-    has_test = any(process.test_of for process in file.left.processes)
-    return (file.path, file.state, bool(file.left.processes), has_test)
+    has_test = any(process.test_of for process in file.leftovers.processes)
+    return (file.path, file.state, bool(file.leftovers.processes), has_test)

@@ -87,11 +87,11 @@ def contend(contender, *, waits=False):
         file = error.file
         if not file:
             return SimpleNamespace(state="NOT_YET", jobs_before=error.jobs_before)
-        reason = file.flaw or file.left.obstacle
+        reason = file.flaw or file.leftovers.obstacle
         told = {"state": file.state.name, "reason": reason and reason.name}
-        told["detail"] = file.flaw_detail or file.left.detail
-        told["processes"] = file.left.processes
-        told["pids"] = {process.pid for process in file.left.processes}
+        told["detail"] = file.flaw_detail or file.leftovers.detail
+        told["processes"] = file.leftovers.processes
+        told["pids"] = {process.pid for process in file.leftovers.processes}
         return SimpleNamespace(**{**vars(file), **told})
     except lockdir.DirectoryError as error:
         return SimpleNamespace(

@@ -53,7 +53,7 @@ def process(pid, **facts):
 def card(host="hv3.lab", boot="00000000"):
     identity = Identity(host, boot, pid_namespace=1, pid=4242, started=1)
     when = {"came": time.time(), "renewed": time.time()}
-    return Card(identity, is_handed_over=False, uid=UID, here=own_identity(), **when)
+    return Card(identity, is_handed_over=False, uid=UID, reader=own_identity(), **when)
 
 
 def directory_error(number, use):
@@ -66,16 +66,20 @@ IN_THE_WAY = {
     "held": lock_file(State.LIVE, pid=NOBODY),
     "held in another namespace": lock_file(State.LIVE, pid=1, pid_is_here=False),
     "held on another host": lock_file(State.LIVE, card=card(), pid_is_here=False),
-    "guest": lock_file(State.LIVE, left=Leftovers(GUEST)),
-    "test": lock_file(State.LIVE, left=Leftovers(TEST)),
+    "guest": lock_file(State.LIVE, leftovers=Leftovers(GUEST)),
+    "test": lock_file(State.LIVE, leftovers=Leftovers(TEST)),
     "not all seen": lock_file(
-        State.LIVE, left=Leftovers(GUEST, Obstacle.HANGING, "77")
+        State.LIVE, leftovers=Leftovers(GUEST, Obstacle.HANGING, "77")
     ),
-    "not seen": lock_file(State.NOT_NOW, left=Leftovers(obstacle=Obstacle.RESTLESS)),
+    "not seen": lock_file(
+        State.NOT_NOW, leftovers=Leftovers(obstacle=Obstacle.RESTLESS)
+    ),
     "leased": lock_file(State.NOT_NOW, flaw=Flaw.LEASED),
     "unknown": lock_file(State.UNKNOWN, flaw=Flaw.NO_PID),
     "outer": lock_file(State.OUTER, pid=NOBODY),
-    "shell": lock_file(State.OUTER, left=Leftovers([process(9, is_ancestor=True)])),
+    "shell": lock_file(
+        State.OUTER, leftovers=Leftovers([process(9, is_ancestor=True)])
+    ),
 }
 ERRORS = {
     **{name: LockInTheWayError(file) for name, file in IN_THE_WAY.items()},
@@ -155,7 +159,7 @@ def test_advice_to_kill(left, kills):
     """Only where no test is left, all was seen, and it is not the reader's shell."""
     is_outer = any(this.is_ancestor for this in left.processes)
     state = State.OUTER if is_outer else State.LIVE
-    text = in_the_way(state, left=left)
+    text = in_the_way(state, leftovers=left)
     assert re.findall(r"^    kill (.*)$", text, re.MULTILINE) == (
         [kills] if kills else []
     )
@@ -171,7 +175,7 @@ def test_command_lines_are_tamed():
     """They are anybody's words, for a terminal, for a line, and for XML."""
     odd = "\x1b[31m]]>\n    kill 1\r\u202e" + "x" * 500
     processes = [process(pid, command=odd) for pid in range(25)]
-    text = in_the_way(State.LIVE, left=Leftovers(processes))
+    text = in_the_way(State.LIVE, leftovers=Leftovers(processes))
     assert r"\x1b[31m]] >\n    kill 1\r\u202exxx" in text
     assert not set("\x1b\r\u202e") & set(text)
     assert "]]>" not in text
@@ -254,7 +258,7 @@ def test_who_is_stopped_by_what_is_left(monkeypatch, processes, uid, stopped):
     """Everybody sees a test, and only its user and root see a guest."""
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     texts = [
-        in_the_way(State.LIVE, left=Leftovers(processes), uid=uid),
+        in_the_way(State.LIVE, leftovers=Leftovers(processes), uid=uid),
         messages.left_behind(Leftovers(processes), PATH, is_in_place=True),
     ]
     for text in texts:
@@ -288,9 +292,9 @@ def test_what_to_do():
     assert "this is the job that you are in" in outer
     assert "timeout" not in outer
     assert "minute, root must act" in in_the_way(
-        State.LIVE, left=Leftovers([process(4, uid=0)])
+        State.LIVE, leftovers=Leftovers([process(4, uid=0)])
     )
-    later = in_the_way(State.NOT_NOW, left=Leftovers([], Obstacle.HANGING, "77"))
+    later = in_the_way(State.NOT_NOW, leftovers=Leftovers([], Obstacle.HANGING, "77"))
     assert "process 77 does not answer" in later
     assert "To have a job wait," in later
     for text in (later, in_the_way(State.UNKNOWN, flaw=Flaw.NO_PID)):
@@ -313,7 +317,7 @@ def test_every_reason_has_words(reason):
     if isinstance(reason, Flaw):
         facts = {"flaw": reason, "flaw_detail": "DETAIL"}
     else:
-        facts = {"left": Leftovers([], reason, "DETAIL")}
+        facts = {"leftovers": Leftovers([], reason, "DETAIL")}
     text = in_the_way(State.UNKNOWN, **facts)
     assert re.search(r"nobody can tell whether a job still holds the lock:\n\S+", text)
     remove = "rm -r" if reason is Flaw.NO_REGULAR_FILE else "rm"
@@ -413,7 +417,7 @@ def test_name_service_is_asked_once_for_each_user(monkeypatch):
     formats.user.cache_clear()
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
     processes = [process(4, uid=UID), process(5, uid=UID + 1)]
-    assert f"user:   {UID}\n" in in_the_way(State.LIVE, left=Leftovers(processes))
+    assert f"user:   {UID}\n" in in_the_way(State.LIVE, leftovers=Leftovers(processes))
     in_the_way(State.UNKNOWN, flaw=Flaw.NO_PID)
     assert len(asked) == len(set(asked))
     monkeypatch.undo()

@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import os
+import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import needs
 import pytest
 from conftest import WAIT
 from faults import intercepted
-from needs import SOME_USER, needs_pid_namespaces, needs_root
+from needs import LONELY_USER, SOME_USER, needs_pid_namespaces, needs_root
 from others import (
     AN_HOUR,
     attempt,
@@ -26,7 +28,7 @@ from others import (
     names,
     process,
 )
-from sandbox import wait_for
+from sandbox import run_as, wait_for
 
 from avocado_vt_joblock import card, kernellock, lock, lockdir, lockfile, marks, procfs
 
@@ -597,6 +599,36 @@ def test_ticket_of_a_job_that_was_killed(
     end(first)
     assert contend(made, waits=waits).state == "WON"
     card.remove(str(path))
+
+
+KEEPS_A_TICKET = """
+import os, sys, time
+from avocado_vt_joblock import card
+card.make(sys.argv[1])
+time.sleep(0.05)
+card.make(sys.argv[1])
+print(os.getpid(), flush=True)
+time.sleep(1000)
+"""
+
+
+@needs_pid_namespaces
+@needs.needs_other_users
+@pytest.mark.parametrize("hidepid", [1, 2])
+def test_ticket_of_a_job_that_proc_hides(directory, hidepid):
+    """That another user's process is not seen does not tell that it has ended."""
+    words = [*needs.PID_NAMESPACE, "sh", "-c"]
+    waiting = [*run_as(SOME_USER), sys.executable, "-c", KEEPS_A_TICKET]
+    waiting.append(str(lock_path(directory, FIRST)))
+    script = f"""
+mount -o remount,hidepid={hidepid} /proc || exit
+exec 3<&0
+{shlex.join(waiting)} | {{ read pid; "$@" <&3; kill $pid; }}"""
+    with process(directory, *words, script, "-", *run_as(LONELY_USER)) as contender:
+        told = contender.told
+        assert (told.state, getattr(told, "jobs_before", 0)) == ("NOT_YET", 1)
+    for name in cards(directory):
+        directory.joinpath(name).unlink()
 
 
 def test_ticket_that_was_renewed_in_the_future(directory, ticket, new_lock):

@@ -277,12 +277,12 @@ def test_stale_lock_of_another_user(directory, mode):
     left = [path, leave_card(path)]
     for _ in range(2):
         (stale,) = attempt_as(SOME_USER, directory).stale
-        assert (stale.path, stale.left.obstacle) == (
+        assert (stale.path, stale.leftovers.obstacle) == (
             str(path),
             leftovers.Obstacle.GUESTS_OF_OTHERS,
         )
         assert sorted(directory.iterdir()) == sorted(left)
-    assert attempt(directory).stale[0].left.obstacle is None
+    assert attempt(directory).stale[0].leftovers.obstacle is None
     assert list(directory.iterdir()) == []
 
 

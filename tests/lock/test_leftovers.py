@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -154,7 +155,7 @@ DOES_NOT_COUNT = [
 def test_what_counts(
     directory, path, start, monkeypatch, tools, command, variables, counts
 ):
-    monkeypatch.setattr(helpers, "HELPER_START", 60 if "young" in command else 0)
+    monkeypatch.setattr(helpers, "HELPER_AGE", 60 if "young" in command else 0)
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", **variables}
     words = [word.format(tools=tools) for word in command]
     others = leave_lock(directory, 2)
@@ -517,6 +518,16 @@ def test_look_goes_back_to_the_oldest_of_several_jobs(directory, path, start):
     told = attempt(directory)
     assert (told.state, told.path) == ("LIVE", str(path))
     assert told.pids == {guest.pid}
+
+
+def test_kernel_thread_that_may_not_be_read_is_no_guest():
+    """In a user namespace none may be read, and new ones start all the time."""
+    trace = leftovers.Trace(NAME, JOB_ID, os.geteuid())
+    looked = SimpleNamespace(is_in_user_namespace=True)
+    for is_kernel_thread in (False, True):
+        stat = procfs.Stat(4, "kworker/0:1", 2, 7, False, is_kernel_thread)
+        process = scan.Process(stat, 0, b"", None)
+        assert leftovers._may_be_guest(process, trace, looked) != is_kernel_thread
 
 
 @pytest.mark.alone
