@@ -235,6 +235,38 @@ def test_short_write(directory):
     assert os.listdir(directory) == []
 
 
+def test_attempt_after_one_that_could_not_remove_its_file(directory, new_lock):
+    """The disk is full at first, and then gives errors; a minute later it is good."""
+
+    def hook(name, call):
+        if name in ("write", "unlink"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call()
+
+    made = new_lock()
+    with intercepted(hook):
+        assert contend(made, waits=True).errno == errno.EIO
+    assert f".{os.path.basename(made.path)}" in os.listdir(directory)
+    assert contend(made, waits=True).state == "WON"
+
+
+def test_handing_over_after_it_was_interrupted(directory, held):
+    """The new card is there already."""
+
+    def hook(name, call):
+        if name == "rename":
+            raise KeyboardInterrupt
+        return call()
+
+    with intercepted(hook), contextlib.suppress(KeyboardInterrupt):
+        held.hand_over()
+    assert [name for name in os.listdir(directory) if name.endswith(".new")]
+    held.abandon()
+    assert card.read(held.path).is_handed_over
+    assert attempt(directory).state == "WON"
+    assert os.listdir(directory) == []
+
+
 @pytest.mark.parametrize("refused", ["fchmod", "flock", "symlink", "utime"])
 def test_file_system_that_lacks_something(directory, refused):
     """CIFS and FUSE may refuse a mode, or links; not all file systems have flock(2)."""
