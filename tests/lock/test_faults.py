@@ -235,6 +235,21 @@ def test_short_write(directory):
     assert os.listdir(directory) == []
 
 
+def test_file_that_something_removes_at_once(directory):
+    """A job that others cannot see must not run."""
+
+    def hook(name, call):
+        result = call()
+        if name == "rename":
+            os.unlink(call.args[1])
+        return result
+
+    with intercepted(hook):
+        told = attempt(directory)
+    assert (told.state, told.use, told.errno) == ("ERROR", "WRITE", errno.ENOENT)
+    assert os.listdir(directory) == []
+
+
 def test_attempt_after_one_that_could_not_remove_its_file(directory, new_lock):
     """The disk is full at first, and then gives errors; a minute later it is good."""
 
