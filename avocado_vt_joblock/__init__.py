@@ -8,17 +8,17 @@ Its modules. Each one imports only from those below it, and from this file:
 ``plugin``      what Avocado calls before and after a job
 ``refusal``     a stopped job: its clean-up does not run, all results show an error
 ``waiting``     a job that waits: attempts, and what is told meanwhile
-``ending``      the end of a job: wait for its leftovers, then give the lock up
+``ending``      the end of a job: wait for its leftovers, then give the lock back
 ``telling``     how a job tells its user and its log
 ``messages``    the texts that it tells
 ``advice``      what is said of a lock that is in the way, and what to do about it
 ``formats``     how times, users and anybody's words are written
 ``settings``    the options: registered, and found in config files
 ``options``     the options: parsed and checked
-``lock``        the protocol: how a job takes the lock and gives it up
+``lock``        the protocol: how a job takes the lock and gives it back
 ``ownfile``     the job's own lock file
 ``lockdir``     the lock directory: its guard, its files, who waits in it
-``lockfile``    the lock file of any job, and the one verdict on it
+``lockfile``    the lock file of any job, and the verdict on it
 ``kernellock``  the lock of the kernel on such a file
 ``card``        a job's card: its host, its boot, its process
 ``leftovers``   what still runs of a job that has ended
@@ -36,10 +36,10 @@ contender    a job that tries to take the lock; one try is an attempt
 holder       the job that has the lock
 lock file    one job's file in the lock directory; "a lock" is short for it
 in the way   said of a lock that keeps a contender from taking its own
-stale lock   a lock of a job of which no process runs any more; it stops nobody
+stale lock   a lock of a job of which no process is seen to run; it stops nobody
 kernel lock  a lock of the kernel on a lock file; it tells whether the holder lives
 card         a symbolic link beside the lock file; it names the process of the job
-ticket       the card of a job that waits: it has no lock file
+ticket       the card of a job that waits, and so has no lock file
 guard        a flock on the directory; contenders of one host take turns with it
 mark         a variable in the environment of all that a holder starts
 leftovers    processes of a job that still run when it has ended

@@ -50,7 +50,8 @@ def on_refusal(file: LockFile, *, has_waited: bool = False) -> str:
         return _unknown(file)
     text = on_waiting(file)
     if file.is_elsewhere:
-        return text + how_to_wait(has_waited=has_waited)  # It tells of removing it.
+        # This text says already who may remove the file, and when.
+        return text + how_to_wait(has_waited=has_waited)
     if file.state is State.NOT_NOW:
         text += how_to_wait(has_waited=has_waited)
     elif not file.leftovers.processes:
@@ -152,7 +153,7 @@ Wait some minutes. To look again:
     fds = " ".join(f"/proc/{pid}/fd" for pid in pids)
     return f"""No test is among them. So nothing will end a guest or restore images.
 Wait for what is at work, such as rsync or qemu-img.
-If a guest still runs after one minute, {_who_may_act(uid, processes)} must act:
+If a guest still runs after one minute, {_user_or_root(uid, processes)} must act:
  1. See which images they use:
     ls -l {fds}
  2. End them:
@@ -166,8 +167,8 @@ Next time, start what must not hold the lock, an agent for example, with:
 def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
     """Say whose jobs do not run because of leftovers.
 
-    That is what is sure until the last of them has ended. All see a test. A guest is
-    seen by its user and root; one of root's, by sudo for example, by root only.
+    A job is stopped by what it sees. Everybody sees a test. Only its user and root see
+    a guest. Only root sees a process of root, which sudo has started for example.
 
     :param processes: what is left of a job
     :param uid: the user of that job
@@ -175,7 +176,7 @@ def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
     if any(process.test_of for process in processes):
         return "Until all of that has ended, no job with VT tests runs here."
     return (
-        f"Until all of that has ended, no job of {_who_may_act(uid, processes)} runs."
+        f"Until all of that has ended, no job of {_user_or_root(uid, processes)} runs."
     )
 
 
@@ -234,7 +235,7 @@ def _elsewhere(file: LockFile) -> str:
     return f"""Only that host can tell whether the job still runs:
     ssh {host} "pgrep -af 'avocado|qemu'"
 If it was killed, the next job on that host removes the file.
-If that host is gone for good, {_who_may_act(file.uid, [])} removes it:
+If that host is gone for good, {_user_or_root(file.uid, [])} removes the file:
     rm {shlex.quote(file.path)}"""
 
 
@@ -251,15 +252,15 @@ def _unknown(file: LockFile) -> str:
     remove = "rm -r" if file.flaw is Flaw.NO_REGULAR_FILE else "rm"
     return f"""nobody can tell whether a job still holds the lock:
 {why_unknown(file)}.{_facts(file)}
-So no job runs until {_who_may_act(file.uid, file.leftovers.processes)} does this:
+So no job runs until {_user_or_root(file.uid, file.leftovers.processes)} does this:
  1. Look for a job, a test or a guest of that user:
     pgrep {whose}-af 'avocado|qemu'
  2. If there is none:
     {remove} {shlex.quote(file.path)}"""
 
 
-def _who_may_act(uid: int | None, processes: list[JobProcess]) -> str:
-    """Return who may end these processes, and remove a file of this user.
+def _user_or_root(uid: int | None, processes: list[JobProcess]) -> str:
+    """Return who sees and may end these processes, and may remove a file of this user.
 
     :param uid: the user; None where that is unknown
     """

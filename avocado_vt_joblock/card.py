@@ -124,8 +124,8 @@ def own_start() -> int:
         return 0
 
 
-# To read it anew for each card would double the cost of an attempt. The host's name may
-# change, so it is an argument.
+# To read it anew for each card would double the cost of an attempt. The PID changes by
+# fork(2), and the host's name may change: so they are arguments.
 @functools.lru_cache(maxsize=1)
 def _identity(pid: int, host: str) -> Identity:
     with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:

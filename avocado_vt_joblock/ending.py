@@ -63,7 +63,10 @@ def _wait_for_leftovers(lock: JobLock, *, tests_only: bool) -> Leftovers:
 
 
 def _wait_for(left: Leftovers, deadline: float) -> None:
-    """Wait until the processes that were found have ended, or until a deadline."""
+    """Wait until the processes that were found have ended, or until a deadline.
+
+    If none was found, wait for one pause.
+    """
     time.sleep(PAUSE)
     while time.monotonic() < deadline:
         if not any(

@@ -70,7 +70,7 @@ def run(directory: object, timeout: object, command: list[str]) -> int:
     except (LockInTheWayError, DirectoryError, options.OptionError) as error:
         return _refuse(messages.refusal(error, directory, log=""))
     except (KeyboardInterrupt, SystemExit):
-        # As a rule they have ended the wait for the lock.
+        # Most likely they have ended the wait for the lock.
         return NO_LOCK
     finally:
         if lock:
@@ -105,7 +105,7 @@ def _signals_blocked() -> Iterator[set[int]]:
     """
     # The terminal stops and continues this process together with the command.
     signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-    # If a parent has ignored it, nothing would tell that the command has ended.
+    # If a parent has it ignored, nothing would tell that the command has ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     blocked = _PASSED_ON | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)

@@ -165,7 +165,7 @@ class Look:
         is_of_other_user = os.geteuid() != trace.uid
         if is_of_other_user and scan.hides_others:
             return Obstacle.HIDDEN, ""
-        denied = [this for this in scan.denied if _may_be_guest(this, trace, scan)]
+        denied = [this for this in scan.denied if _counts_as_guest(this, trace, scan)]
         if denied:
             return Obstacle.DENIED, str(denied[0].stat.pid)
         if not scan.is_complete:
@@ -197,8 +197,8 @@ class Look:
         )
 
 
-def _may_be_guest(process: Process, trace: Trace, scan: Scan) -> bool:
-    """Tell whether a process whose environment is denied may be a guest of a job."""
+def _counts_as_guest(process: Process, trace: Trace, scan: Scan) -> bool:
+    """Tell whether a process whose environment is denied is taken for a job's guest."""
     is_of_other_user = os.geteuid() != trace.uid
     if process.stat.started < trace.since or process.stat.is_kernel_thread:
         return False
@@ -207,7 +207,7 @@ def _may_be_guest(process: Process, trace: Trace, scan: Scan) -> bool:
     if os.geteuid() == 0:
         return is_of_other_user  # Root without CAP_SYS_PTRACE, as in many containers.
     if is_of_other_user:
-        return False  # An ordinary user sees no guests of others: GUESTS_OF_OTHERS.
+        return False  # It may be one: GUESTS_OF_OTHERS says that in any case.
     # A process of the same user is denied if it has another group: sg(1), newgrp(1).
     return process.uid == trace.uid
 

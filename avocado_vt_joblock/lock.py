@@ -100,7 +100,7 @@ class Phase(enum.Enum):
 
 
 class JobLock:
-    """The lock of a directory, as one job takes it and gives it up.
+    """The lock of a directory, as one job takes it and gives it back.
 
     The holder has to keep this object: without it the kernel lock is lost.
 
@@ -117,7 +117,7 @@ class JobLock:
             raise JobIdError(job_id)
         self._job_id = match["job_id"]
         self._directory = LockDirectory(directory)
-        self._file = OwnFile(self._directory.join(name))
+        self._file = OwnFile(directory, name)
         self._phase = Phase.OUT
 
     @property
@@ -142,7 +142,8 @@ class JobLock:
         :raises DirectoryError: when the system refuses a use of the directory
         """
         self._phase = Phase.TRYING
-        with self._directory.guarded() as guard:
+        guard = Guard(self._directory.path)
+        with guard:
             try:
                 return self._attempt(guard, waits=waits)
             except BaseException:
@@ -263,7 +264,7 @@ class JobLock:
         deadline = time.monotonic() + RIVAL_TIMEOUT
         while True:
             listing = self._directory.listing()
-            # Somebody has removed it, and so others do not see it.
+            # If somebody has removed the new file, others do not see this job.
             if self._file.name not in listing.lock_names:
                 raise DirectoryError(Use.WRITE, lockdir.system_error(errno.ENOENT))
             self._directory.remove_litter(listing, self.path)

@@ -15,7 +15,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from avocado_vt_joblock import card, lockfile, procfs
@@ -29,7 +29,8 @@ GUARD_TIMEOUT = 1.0
 #: lock file for 7 s: 1 for leases, 5 for processes, 1 for the guard. Between two
 #: attempts that is 2 s: 1 for the pause, 1 for the guard.
 TICKET_TIMEOUT = 10.0
-#: In seconds: an older card or unpublished file, without a lock file, is of a crash.
+#: In seconds: a card or unpublished file that is older, and has no lock file, was left
+#: by a crash.
 LITTER_AGE = 60.0
 
 #: Files that belong to a lock file: a file that is not published yet, a card
@@ -85,13 +86,28 @@ def system_error(code: int) -> OSError:
 class Guard:
     """A flock on the lock directory: only one contender of a host has it at a time.
 
-    Exclusion does not need it: a contender that cannot have it goes on without.
+    Exclusion does not need it: a contender that cannot have it goes on without. It is
+    taken and freed by a ``with``, and can be freed and taken in there.
 
-    :param fd: the directory, open
+    :param path: the lock directory
+    :raises DirectoryError: when it cannot be opened
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, path: str) -> None:
+        with ReportedAs(Use.OPEN):
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def __enter__(self) -> None:
+        """Take the guard, if it can be had in time."""
+        try:
+            self.take()
+        except BaseException:
+            self._close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        """Free the guard."""
+        self._close()
 
     def take(self) -> None:
         """Take the guard, or give that up after a while."""
@@ -108,6 +124,11 @@ class Guard:
         """Let others take the guard."""
         with contextlib.suppress(OSError):
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _close(self) -> None:
+        # An error here would say nothing of the lock.
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
 
 
 @dataclass(frozen=True)
@@ -155,23 +176,6 @@ class LockDirectory:
     def join(self, name: str) -> str:
         """Return the path of a file in it."""
         return os.path.join(self.path, name)
-
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[Guard]:
-        """Have the guard during a ``with``, if it can be had in time.
-
-        :raises DirectoryError: when the directory cannot be opened
-        """
-        with ReportedAs(Use.OPEN):
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            guard = Guard(fd)
-            guard.take()
-            yield guard
-        finally:
-            # This frees it. An error here would say nothing of the lock.
-            with contextlib.suppress(OSError):
-                os.close(fd)
 
     def listing(self) -> Listing:
         """List its lock files, and what belongs to them.
@@ -235,7 +239,9 @@ def _orphans(names: list[str], lock_names: frozenset[str]) -> list[Orphan]:
 def _is_ticket(found: Card, now: float) -> bool:
     """Tell whether a card without a lock file is the ticket of a job that lives."""
     if found.is_handed_over:
-        return False  # The lock file was removed without it, by avocado-vt maybe.
+        return (
+            False  # The lock file was removed, maybe by avocado-vt, but not the card.
+        )
     its = found.identity
     if found.is_of_this_pid_namespace and not procfs.may_run(its.pid, its.started):
         return False

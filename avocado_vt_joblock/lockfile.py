@@ -1,4 +1,4 @@
-"""Lock files: how they are named and written, and the one verdict on each.
+"""Lock files: how they are named and written, and the verdict on each.
 
 The holder of a lock has the kernel lock on its file. The card beside the file is a
 second witness that it lives. Its tests and guests may run longer than the holder: where
@@ -205,7 +205,7 @@ def _has_started_this(file: LockFile) -> bool:
     if not file.pid_is_here or file.pid not in procfs.ancestors():
         return False
     if file.own_card:
-        return True
+        return True  # By the card this PID is certainly that of the job.
     # Every container has a PID 1, and it is an ancestor of all in it. So check that
     # this one has the file open.
     try:
@@ -244,8 +244,8 @@ def _read_facts(file: LockFile, deadline: float) -> bool:
     if match and 0 < int(match["pid"]) < 2**31:
         file.pid = int(match["pid"])
         file.pid_is_here = _is_pid_here(file)
-    # Without the kernel lock it may have been removed since. If it was replaced, the
-    # writer of the new file sees this contender.
+    # Without the kernel lock the file may have been removed since. If there is another
+    # one in its place, that can be ignored: its writer sees this contender.
     return file.is_held or os.path.samestat(os.lstat(file.path), status)
 
 
@@ -283,7 +283,7 @@ def _is_pid_here(file: LockFile) -> bool:
 
 
 def _may_have_written(file: LockFile) -> bool:
-    """Tell whether a process without a card may be the writer of a lock file.
+    """Tell whether the process of this PID may be the writer of a file without a card.
 
     :raises OSError: when it cannot be read
     """

@@ -13,7 +13,7 @@ import threading
 VARIABLE = "AVOCADO_VT_JOBLOCK"
 
 # Two threads that change the variable at once would lose one of the changes. It is an
-# RLock: Ctrl-C may stop a thread that has it, and the same thread takes it again then.
+# RLock: Ctrl-C may leave it taken, and the same thread must then be able to take it.
 _lock = threading.RLock()
 
 

@@ -23,7 +23,13 @@ FAILURE = "Failure trying to set Avocado-VT job lock: "
 #: How the summary of a stopped job names the only test that its results have.
 TEST_ID = "vt-joblock (the job lock, none of your tests)"
 
-# The command ``avocado vt-joblock``.
+#: The errors that ``why_stopped`` has a text for.
+_STOPPED_BY = (
+    *(LockInTheWayError, DirectoryError, JobIdError),
+    *(options.OptionError, options.OrderError),
+)
+
+# Constants of the command ``avocado vt-joblock``.
 VERDICTS = {
     "free": "The lock is free: a job with VT tests can start.",
     "refused": "The lock is not free: a job with VT tests cannot start.",
@@ -74,8 +80,7 @@ def why_stopped(error: BaseException, directory: object) -> str:
 
 def is_foreseen(error: BaseException) -> bool:
     """Tell whether an error is one of those that have a text of their own."""
-    is_interruption = isinstance(error, (KeyboardInterrupt, SystemExit))
-    return is_interruption or bool(why_stopped(error, ""))
+    return isinstance(error, (*_STOPPED_BY, KeyboardInterrupt, SystemExit))
 
 
 def headline(error: BaseException, text: str) -> str:
@@ -84,7 +89,9 @@ def headline(error: BaseException, text: str) -> str:
     :param error: what has stopped it
     :param text: what was said of it
     """
-    line = text.partition("\n")[0]
+    line, _, rest = text.partition("\n")
+    if line.endswith(":"):
+        line += f" {rest.partition(chr(10))[0].strip()}"
     file = error.file if isinstance(error, LockInTheWayError) else None
     if not file:
         return line
@@ -133,10 +140,20 @@ and some sandboxes such as gVisor lack them."""
     meant = "" if path == directory else f" ({path})"
     text = f"""the lock directory {_trouble(error)}:
     {DIR} = {directory!r}{meant}"""
-    correct = "Correct the setting."
-    if error.use is Use.OPEN and isinstance(error.error, FileNotFoundError):
-        correct = f"Make it: mkdir -p {shlex.quote(path)}\nOr correct the setting."
-    return f"{text}\n{correct}\n{_where_to_set('dir')}"
+    return f"{text}\n{_remedy(error, path)}\n{_where_to_set('dir')}"
+
+
+def _remedy(error: DirectoryError, path: str) -> str:
+    """Say what to do about a lock directory."""
+    number = error.error.errno
+    if error.use is Use.OPEN and number == errno.ENOENT:
+        return f"Make it: mkdir -p {shlex.quote(path)}\nOr correct the setting."
+    if error.use is Use.WRITE and number == errno.ENOENT:
+        return """Something has removed the new lock file at once: look for what cleans
+the directory. Or correct the setting."""
+    if error.use is Use.WRITE and number in (errno.ENOSPC, errno.EDQUOT):
+        return "Make room there. Or correct the setting."
+    return "Correct the setting."
 
 
 def _trouble(error: DirectoryError) -> str:
@@ -190,7 +207,7 @@ def waiting(error: LockInTheWayError | DirectoryError, seconds: float) -> str:
 
 
 def still_waiting(waited: float, seconds: float) -> str:
-    """Say that a job still waits, since and until when."""
+    """Say that a job still waits, for how long already, and until when."""
     return f"Still waiting {_until(seconds)}, after {duration(waited)}."
 
 
@@ -281,7 +298,7 @@ The lock file stays:
 
 
 def not_released(error: OSError, path: str) -> str:
-    """Say what went wrong when a job gave its lock up."""
+    """Say what went wrong when a job gave its lock back."""
     if isinstance(error, FileNotFoundError):
         return f"""The lock file was removed or replaced while the job ran:
     {path}

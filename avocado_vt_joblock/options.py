@@ -52,7 +52,8 @@ class OrderError(ValueError):
 def check_order(order: list[str] | None) -> None:
     """Check the order of plugins before and after a job, if one is set.
 
-    :param order: the names of some plugins; all others follow by their priorities
+    :param order: the names of some plugins, which come first, before and after the job;
+        all others follow by their priorities
     :raises OrderError: when some would run without the lock
     """
     if order and (order[0] != FIRST_PLUGIN or LAST_PLUGIN in order):
@@ -98,7 +99,8 @@ def unknown_keys(config: Any) -> list[str]:
     if isinstance(config, configparser.ConfigParser):
         keys = set(config[SECTION]) if SECTION in config else set()
         return sorted(keys - KEYS - set(config.defaults()))
-    return sorted(_keys_in(SECTION, config) - KEYS - _keys_in("DEFAULT", config))
+    unknown = _keys_in(SECTION, config) - KEYS
+    return sorted(unknown - _keys_in("DEFAULT", config)) if unknown else []
 
 
 def _keys_in(section: str, names: Iterable[str]) -> set[str]:

@@ -22,13 +22,14 @@ from avocado_vt_joblock.lockdir import ReportedAs, Use
 class OwnFile:
     """The lock file of a job, seen from that job's own process.
 
-    :param path: where it is to lie
+    :param directory: the path of the lock directory
+    :param name: what the file is to be called
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        directory, self.name = os.path.split(path)
-        self._unpublished = os.path.join(directory, f".{self.name}")
+    def __init__(self, directory: str, name: str) -> None:
+        self.name = name
+        self.path = os.path.join(directory, name)
+        self._unpublished = os.path.join(directory, f".{name}")
         self._stream: io.FileIO | None = None  # open as long as it has the kernel lock
 
     def publish(self) -> None:
@@ -50,8 +51,8 @@ class OwnFile:
             if os.write(fd, text) < len(text):
                 raise lockdir.system_error(errno.ENOSPC)
             with contextlib.suppress(OSError):
-                # Whatever the umask, anybody may read who holds the lock. That is a
-                # courtesy, and CIFS and FUSE may refuse it.
+                # Whatever the umask: jobs of other users have to read the file to judge
+                # it. CIFS and FUSE may refuse that. Then those jobs are stopped.
                 os.fchmod(fd, 0o644)
             os.rename(self._unpublished, self.path)
 

@@ -69,7 +69,7 @@ class VTJobUnlock(JobPost):
     priority = -1
 
     def post(self, job: Job) -> None:
-        """Give the lock back if the job has it, unless something of the job still runs.
+        """Release the lock if the job has it, or hand it over to what still runs of it.
 
         :param job: the job that has ended, in whatever way
         """
@@ -183,8 +183,8 @@ def _give_back(job: Job) -> None:
 def _all_passed(job: Job) -> bool:
     """Tell whether every test of a job has passed, and nothing else went wrong.
 
-    If a test ends in any other way its clean-up may have failed, too, without a word of
-    avocado-vt. The status is PASS only if all suites have run without an exception.
+    If a test ends in any other way its clean-up may have failed, too, and avocado-vt
+    does not say so. The status is PASS only if all suites have run, without exception.
     """
     if job.status != "PASS" or job.exitcode or not job.result:
         return False

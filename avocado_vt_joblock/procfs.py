@@ -73,7 +73,7 @@ def read_stat(pid: int) -> Stat:
 
 
 def is_running(pid: int, started: int) -> bool:
-    """Tell whether a process, named by PID and start time, has not ended."""
+    """Tell whether a process, named by PID and start time, is seen to run."""
     try:
         stat = read_stat(pid)
     except OSError:

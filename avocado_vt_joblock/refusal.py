@@ -30,9 +30,9 @@ _NO_SCRIPTS = {
 }
 # A program may run the same job again after it was stopped, and Avocado makes new
 # plugins for each run. So what is to be restored is kept in two attributes of the job.
-#: What it was disarmed of.
+#: What disarm() has switched off.
 _DISARMED = "_vt_joblock_disarmed"
-#: What its results were before they showed that it was stopped.
+#: Its status and its results before stop() changed them.
 _RESULTS = "_vt_joblock_results"
 
 
@@ -60,8 +60,8 @@ def undo_stop(job: Job) -> None:
     rearm(job)
     before = vars(job).pop(_RESULTS, None)
     if before:
-        job.status, result = before
-        vars(job.result).update(result)
+        job.status, attributes = before
+        vars(job.result).update(attributes)
 
 
 def stop(job: Job, error: BaseException, directory: object) -> BaseException:
@@ -98,7 +98,7 @@ def _exception_of_avocado(job: Job, text: str) -> BaseException:
         from avocado.core import extension_manager
         from avocado.core.exceptions import JobError
 
-        # From 105.0 on this error of a plugin stops the job; before, it is lost.
+        # From 105.0 on this error of a plugin stops the job; older versions ignore it.
         if hasattr(extension_manager, "JobBaseException"):
             return JobError(text)
     telling.tell(text, logging.ERROR, loggers=(telling.USER_LOG,))

@@ -32,7 +32,7 @@ ROUND_PAUSE = 0.005
 # microseconds. So a process that shows none is read again in the next rounds. If it
 # never shows one it was started without.
 #: How often such a process is read, at least: on a busy host EXEC_TIME may be over
-#: before it has gone on.
+#: before the process has had any time of a processor.
 EXEC_READS = 3
 #: How much time is between the first and the last of these reads, at least, in seconds.
 EXEC_TIME = 0.005
@@ -52,7 +52,7 @@ class Process:
 
     @property
     def has_no_environ(self) -> bool:
-        """Whether it shows an empty environment, as a kernel thread always does."""
+        """Whether it shows an empty environment, though it is no kernel thread."""
         return self.environ == b"" and not self.stat.is_kernel_thread
 
     @property
@@ -90,7 +90,7 @@ class Scan:
         self.hides_others = False  # whether /proc hides processes of other users
         self.is_in_user_namespace = False  # whether some cannot be read here
         self.hanging: Stat | None = None  # the process that was not read in time
-        self.problem: OSError | None = None  # why none can be seen
+        self.problem: OSError | None = None  # why no process can be seen
         # How it works.
         self._since = since
         self._timeout = timeout
@@ -110,7 +110,7 @@ class Scan:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the scan is over, or a process hangs, or the time is over.
+        """Wait until the scan is over, or its time: then a process hangs.
 
         :raises Exception: an unforeseen error in the thread
         """

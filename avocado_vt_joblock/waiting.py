@@ -34,12 +34,12 @@ def acquire(lock: JobLock, timeout: float, what: str = "test") -> list[LockFile]
     :raises DirectoryError: when the system refuses a use of the directory
     """
     if not timeout:
-        return _attempt(lock, waits=False)
+        return _attempt(lock)
     wait = _Wait(timeout)
     try:
         while True:
             try:
-                stale = _attempt(lock, waits=True)
+                stale = lock.acquire(waits=True)
             except (LockInTheWayError, DirectoryError) as error:
                 wait.pause_or_raise(error)
             else:
@@ -49,14 +49,15 @@ def acquire(lock: JobLock, timeout: float, what: str = "test") -> list[LockFile]
         wait.tell_stopped(what)
         raise
     finally:
+        # At once: others would wait for its ticket.
         if not lock.is_held:
             lock.abandon()
 
 
-def _attempt(lock: JobLock, *, waits: bool) -> list[LockFile]:
-    """Try to take the lock; tell of stale locks that a failed attempt has removed."""
+def _attempt(lock: JobLock) -> list[LockFile]:
+    """Try once; tell of stale locks that a failed attempt has removed."""
     try:
-        return lock.acquire(waits=waits)
+        return lock.acquire()
     except LockInTheWayError as error:
         telling.tell_of_stale(error.stale)
         raise
@@ -72,7 +73,8 @@ class _Wait:
         self._timeout = timeout
         self._started = time.monotonic()
         self._trouble_since: float | None = None
-        self._told: set[tuple[object, ...]] = set()
+        self._told: set[tuple[object, ...]] = set()  # situations
+        self._told_stale: set[str] = set()  # the paths of stale locks
         self._told_at = self._started
         self._has_waited = False
 
@@ -81,6 +83,8 @@ class _Wait:
 
         :param error: what has stopped the last attempt; it is raised to give up
         """
+        if isinstance(error, LockInTheWayError):
+            self._tell_of_stale(error.stale)
         if not self._is_of_use(error):
             self._clear_terminal()
             raise error
@@ -127,6 +131,12 @@ class _Wait:
         if self._trouble_since is None:
             self._trouble_since = now
         return self._has_waited and now - self._trouble_since < TROUBLE_TIMEOUT
+
+    def _tell_of_stale(self, files: list[LockFile]) -> None:
+        """Tell once of each stale lock: one that cannot be removed is met each time."""
+        new = [file for file in files if file.path not in self._told_stale]
+        self._told_stale.update(file.path for file in new)
+        telling.tell_of_stale(new)
 
     def _tell(self, error: LockInTheWayError | DirectoryError, waited: float) -> None:
         """Tell once what the job waits for, and remind of that from time to time."""

@@ -368,6 +368,32 @@ def test_what_nobody_has_thought_of(name, error):
     assert is_known == (name not in ("unforeseen", "interrupted"))
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("unknown", "whether a job still holds the lock: there is no PID in it. User "),
+        ("missing", "the lock directory does not exist: plugins.vtjoblock.dir = '/lo"),
+        ("timeout", "this is not a time to wait: plugins.vtjoblock.timeout = 'soon'"),
+    ],
+)
+def test_headline_says_what_is_wrong(name, line):
+    assert line in messages.headline(ERRORS[name], refusal(ERRORS[name]))
+
+
+@pytest.mark.parametrize(
+    ("number", "use", "remedy"),
+    [
+        (errno.ENOENT, Use.OPEN, "Make it: mkdir -p /locks"),
+        (errno.ENOENT, Use.WRITE, "look for what cleans"),
+        (errno.ENOSPC, Use.WRITE, "Make room there."),
+        (errno.EDQUOT, Use.WRITE, "Make room there."),
+        (errno.EACCES, Use.WRITE, "Correct the setting."),
+    ],
+)
+def test_remedy_fits_what_is_wrong_with_the_directory(number, use, remedy):
+    assert remedy in refusal(directory_error(number, use))
+
+
 def test_headline_says_whose_the_lock_is():
     error = LockInTheWayError(lock_file(State.LIVE, pid=4242, since=0.0))
     line = messages.headline(error, refusal(error))

@@ -1,4 +1,4 @@
-"""The line of a terminal that shows how long a job has waited, and where none is."""
+"""What a job that waits shows on a terminal and tells, and where none is."""
 
 import io
 import os
@@ -9,6 +9,7 @@ import pytest
 from others import job_id
 
 from avocado_vt_joblock import lock, waiting
+from avocado_vt_joblock.lockfile import LockFile, State
 
 
 class Terminal(io.StringIO):
@@ -64,3 +65,16 @@ def test_line_is_never_wider_than_the_terminal(wait, monkeypatch, columns):
     if columns == 200:
         whole = r"Waiting for the lock: 0:00:00 of 0:00:00\. Ctrl-C ends the waiting\."
         assert re.fullmatch(whole, shown[-1])
+
+
+def test_stale_lock_that_cannot_be_removed_is_told_once(monkeypatch, caplog):
+    """A job that waits for others meets it at each attempt."""
+    monkeypatch.setattr(waiting, "ATTEMPT_INTERVAL", 0.001)
+    file = LockFile("/locks/stale", state=State.STALE, not_removed="not permitted")
+    wait = waiting._Wait(60)
+    for _ in range(3):
+        wait.pause_or_raise(lock.LockInTheWayError(None, 1, stale=[file]))
+    told = [
+        record.name for record in caplog.records if "not permitted" in record.message
+    ]
+    assert sorted(told) == ["avocado.app", "avocado.job"]

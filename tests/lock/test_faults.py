@@ -265,8 +265,8 @@ def test_attempt_after_one_that_could_not_remove_its_file(directory, new_lock):
     assert contend(made, waits=True).state == "WON"
 
 
-def test_handing_over_after_it_was_interrupted(directory, held):
-    """The new card is there already."""
+def test_handing_over_after_a_renewal_was_interrupted(directory, held):
+    """A new card is there already, which says that the job waits."""
 
     def hook(name, call):
         if name == "rename":
@@ -274,9 +274,9 @@ def test_handing_over_after_it_was_interrupted(directory, held):
         return call()
 
     with intercepted(hook), contextlib.suppress(KeyboardInterrupt):
-        held.hand_over()
+        card.make(held.path)
     assert [name for name in os.listdir(directory) if name.endswith(".new")]
-    held.abandon()
+    held.hand_over()
     assert card.read(held.path).is_handed_over
     assert attempt(directory).state == "WON"
     assert os.listdir(directory) == []

@@ -527,7 +527,7 @@ def test_kernel_thread_that_may_not_be_read_is_no_guest():
     for is_kernel_thread in (False, True):
         stat = procfs.Stat(4, "kworker/0:1", 2, 7, False, is_kernel_thread)
         process = scan.Process(stat, 0, b"", None)
-        assert leftovers._may_be_guest(process, trace, looked) != is_kernel_thread
+        assert leftovers._counts_as_guest(process, trace, looked) != is_kernel_thread
 
 
 @pytest.mark.alone
