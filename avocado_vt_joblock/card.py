@@ -32,7 +32,7 @@ from avocado_vt_joblock import procfs
 #: the lock file was handed over: "hv3.lab 1a2b3c4d 4026531836 4242 -812345". A start
 #: time that is missing is unknown.
 _TEXT = re.compile(
-    r"(?P<host>\S{1,255}) (?P<boot>\S{8}) (?P<pid_namespace>[0-9]{1,20})"
+    r"(?P<host>[^\s-]\S{0,254}) (?P<boot>\S{8}) (?P<pid_namespace>[0-9]{1,20})"
     r" (?P<pid>[0-9]{1,10}) (?P<is_handed_over>-?)(?P<started>[0-9]{0,20})",
 )
 
@@ -55,6 +55,7 @@ class Card:
     identity: Identity
     is_handed_over: bool  # whether its lock file was handed over to leftovers
     uid: int  # the owner of the link
+    is_hard_link: bool  # whether it has other names, which anybody may have made
     # Both in seconds since the Epoch, by the clock of the file system:
     came: float  # when the job made the card
     renewed: float  # when the job last renewed it, or when it made it
@@ -111,8 +112,9 @@ def own_identity() -> Identity:
 
     :raises OSError: when /proc does not tell
     """
-    # A node name can hold anything, and a card has its fields between spaces.
-    host = "_".join(os.uname().nodename.split()) or "_"
+    # A node name can hold anything. But a card has its fields between spaces, and for
+    # ssh(1) a name that begins with a minus would be an option.
+    host = "_".join(os.uname().nodename.split()).lstrip("-") or "_"
     return _identity(os.getpid(), host)
 
 
@@ -181,6 +183,7 @@ def read(lock_path: str) -> Card | None:
         identity=identity,
         is_handed_over=bool(match["is_handed_over"]),
         uid=status.st_uid,
+        is_hard_link=status.st_nlink > 1,
         came=status.st_mtime,
         renewed=status.st_ctime,
         reader=reader,
@@ -197,7 +200,10 @@ def make(lock_path: str) -> None:
         try:
             os.symlink(_text(), path)
         except FileExistsError:
-            _replace(path, _text())
+            if os.readlink(path) == _text():
+                _renew(path)
+            else:  # An attempt could not remove its file, and has handed it over.
+                _replace(path, _text())
 
 
 def hand_over(lock_path: str) -> None:
@@ -210,6 +216,20 @@ def remove(lock_path: str) -> None:
     """Remove a card, after its lock file."""
     with contextlib.suppress(OSError):
         os.unlink(path_of(lock_path))
+
+
+def _renew(path: str) -> None:
+    """Set the ctime of a card to now, and keep its mtime.
+
+    :raises OSError: when the system refuses that
+    """
+    status = os.lstat(path)
+    came = status.st_mtime_ns
+    if came == status.st_ctime_ns:
+        # On most kernels the clock of a file system ticks every 4 ms, so now may be the
+        # same moment. But only a card that was renewed later than it came is a ticket.
+        came -= 1000
+    os.utime(path, ns=(came, came), follow_symlinks=False)
 
 
 def _replace(path: str, text: str) -> None:
@@ -226,11 +246,14 @@ def _replace(path: str, text: str) -> None:
         # An earlier call was interrupted.
         os.unlink(new)
         os.symlink(text, new)
-    with contextlib.suppress(OSError):
-        old = os.lstat(path)
-        times = old.st_atime_ns, old.st_mtime_ns
-        os.utime(new, ns=times, follow_symlinks=False)
-    os.rename(new, path)
+    try:
+        with contextlib.suppress(OSError):
+            came = os.lstat(path).st_mtime_ns
+            os.utime(new, ns=(came, came), follow_symlinks=False)
+        os.rename(new, path)
+    except OSError:
+        os.unlink(new)
+        raise
 
 
 def _text(*, is_handed_over: bool = False) -> str:

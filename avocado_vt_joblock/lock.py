@@ -102,8 +102,6 @@ class Phase(enum.Enum):
 class JobLock:
     """The lock of a directory, as one job takes it and gives it back.
 
-    The holder has to keep this object: without it the kernel lock is lost.
-
     :param directory: the absolute path of an existing directory
     :param job_id: what the lock file is named after
     :raises JobIdError: when that is not 40 hexadecimal digits

@@ -221,7 +221,8 @@ class LockDirectory:
             with contextlib.suppress(OSError):
                 age = os.lstat(new_file).st_ctime - os.lstat(path).st_ctime
                 # The clock of a file system may be set back.
-                if abs(age) > LITTER_AGE:
+                is_old = abs(age) > LITTER_AGE
+                if is_old and not os.path.lexists(self.join(orphan.lock_name)):
                     os.unlink(path)
 
 

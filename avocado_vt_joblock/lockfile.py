@@ -29,7 +29,8 @@ PREFIX = "avocado-vt-joblock-"
 NAME = re.compile(
     rf"{PREFIX}(?P<job_id>[0-9a-f]{{40}})-[0-9]{{1,10}}-[0-9a-z]{{8}}\.pid"
 )
-#: How long to wait for files that are under a lease, all together, in seconds.
+#: How long it may take to read all lock files, in seconds, where they are under a lease
+#: or very many.
 OPEN_TIMEOUT = 1.0
 #: How far the clocks that date a file and a process may be apart, in seconds.
 CLOCK_SLACK = 10.0
@@ -110,7 +111,9 @@ class LockFile:
     @property
     def own_card(self) -> Card | None:
         """Its card, if that was made by the owner of the file, not by a stranger."""
-        return self.card if self.card and self.card.uid == self.uid else None
+        if not self.card or self.card.uid != self.uid or self.card.is_hard_link:
+            return None
+        return self.card
 
     @property
     def trace(self) -> Trace:
@@ -130,7 +133,7 @@ def read(path: str, deadline: float) -> LockFile | None:
     """Read a lock file, and judge it; where its job has ended its state is ENDED.
 
     :param path: where a file lies that is named like a lock
-    :param deadline: until when to wait for a file under a lease, by the monotonic clock
+    :param deadline: until when to wait for it, by the monotonic clock
     :return: None where the file is not there any more
     """
     file = LockFile(path)
@@ -243,7 +246,8 @@ def _read_facts(file: LockFile, deadline: float) -> bool:
     file.uses_kernel_lock = bool(match and match["uses_kernel_lock"])
     if match and 0 < int(match["pid"]) < 2**31:
         file.pid = int(match["pid"])
-        file.pid_is_here = _is_pid_here(file)
+        # Anybody can make very many lock files. Then some are not looked at so closely.
+        file.pid_is_here = time.monotonic() > deadline or _is_pid_here(file)
     # Without the kernel lock the file may have been removed since. If there is another
     # one in its place, that can be ignored: its writer sees this contender.
     return file.is_held or os.path.samestat(os.lstat(file.path), status)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import io
 import os
 
 from avocado_vt_joblock import card, kernellock, lockdir
@@ -30,7 +29,8 @@ class OwnFile:
         self.name = name
         self.path = os.path.join(directory, name)
         self._unpublished = os.path.join(directory, f".{name}")
-        self._stream: io.FileIO | None = None  # open as long as it has the kernel lock
+        self._fd: int | None = None  # open as long as it has the kernel lock
+        self._status: os.stat_result | None = None  # of the file while it is open
 
     def publish(self) -> None:
         """Make the file, and let others see it when it is complete.
@@ -38,8 +38,8 @@ class OwnFile:
         :raises DirectoryError: when the system refuses that
         """
         with ReportedAs(Use.WRITE):
-            self._stream = self._open_new()
-        fd = self._stream.fileno()
+            self._fd = fd = self._open_new()
+            self._status = os.fstat(fd)
         with ReportedAs(Use.LOCK):
             kernellock.take(fd)
         with contextlib.suppress(OSError):
@@ -63,15 +63,19 @@ class OwnFile:
             earlier call, which Ctrl-C has stopped, has closed it
         :raises OSError: when the system does not tell
         """
-        if not self._stream or self._stream.closed:
+        if not self._status:
             raise lockdir.system_error(errno.ENOENT)
-        status = os.fstat(self._stream.fileno())
         try:
-            is_own = os.path.samestat(os.lstat(self.path), status)
-        except FileNotFoundError:
+            status = os.lstat(self.path)
+        except OSError as error:
+            # ESTALE: another client of NFS has removed it.
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             card.remove(self.path)  # Without its file it is litter.
-            raise
-        if not is_own:
+            raise lockdir.system_error(errno.ENOENT) from None
+        if not os.path.samestat(status, self._status):
+            # Otherwise the card would tell of that file that its job lives.
+            card.hand_over(self.path)
             raise lockdir.system_error(errno.ENOENT)
 
     def remove(self) -> None:
@@ -89,9 +93,10 @@ class OwnFile:
         that has inherited the open file.
         """
         card.hand_over(self.path)
-        if self._stream:
-            with contextlib.suppress(OSError, ValueError):
-                kernellock.drop(self._stream.fileno())
+        fd = self._open_fd()
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                kernellock.drop(fd)
 
     def withdraw(self, *, keeps_card: bool) -> None:
         """Remove what there is of it after a failed attempt.
@@ -113,18 +118,31 @@ class OwnFile:
 
     def close(self) -> None:
         """Close the file, which drops the kernel lock."""
-        if self._stream:
+        fd = self._open_fd()
+        if fd is not None:
             with contextlib.suppress(OSError):
-                self._stream.close()
-        self._stream = None
+                os.close(fd)
+        self._fd = self._status = None
 
-    def _open_new(self) -> io.FileIO:
+    def _open_fd(self) -> int | None:
+        """Return the descriptor of the file, if it is open.
+
+        Other code in the job's process may have closed it, and opened another file.
+        """
+        if self._fd is None or self._status is None:
+            return self._fd
+        try:
+            is_same = os.path.samestat(os.fstat(self._fd), self._status)
+        except OSError as error:
+            is_same = error.errno != errno.EBADF
+        return self._fd if is_same else None
+
+    def _open_new(self) -> int:
         """Open a new file that nobody else may open before the kernel lock is there."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            fd = os.open(self._unpublished, flags, mode=0o600)
+            return os.open(self._unpublished, flags, mode=0o600)
         except FileExistsError:
             # An earlier attempt of this job has failed to remove it.
             os.unlink(self._unpublished)
-            fd = os.open(self._unpublished, flags, mode=0o600)
-        return io.FileIO(fd, "r+")  # Python closes it with this object, at the latest.
+            return os.open(self._unpublished, flags, mode=0o600)

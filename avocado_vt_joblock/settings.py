@@ -98,6 +98,9 @@ def _is_one_of(path: str, files: list[str]) -> bool:
 
     An environment may be activated by a symbolic link to it.
     """
+    # One with a name of its own stays in its place, even if it links to one of these.
+    if os.path.basename(path) not in ("vt_joblock.conf", "vt_joblock_defaults.conf"):
+        return False
     if not os.path.exists(path):
         return False
     return any(os.path.samefile(path, file) for file in files)

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import functools
-import io
 import itertools
 import os
 import time
@@ -47,20 +46,6 @@ def _module(real, hook):
     return SimpleNamespace(**{**vars(real), **calls})
 
 
-def _module_io(hook):
-    class File(io.FileIO):
-        """Its opening is a call of os.open() already."""
-
-        def close(self):
-            # It may be closed later, when nobody intercepts any more.
-            if self.closed or ownfile.io.FileIO is not File:
-                super().close()
-            else:
-                hook("close", functools.partial(super().close))
-
-    return SimpleNamespace(**{**vars(io), "FileIO": File})
-
-
 @contextlib.contextmanager
 def intercepted(hook):
     """Have a hook be given each system call of the package: its name, what does it."""
@@ -70,7 +55,6 @@ def intercepted(hook):
                 stack.enter_context(
                     mock.patch.object(room, real.__name__, _module(real, hook))
                 )
-        stack.enter_context(mock.patch.object(ownfile, "io", _module_io(hook)))
         yield
 
 

@@ -53,7 +53,14 @@ def process(pid, **facts):
 def card(host="hv3.lab", boot="00000000"):
     identity = Identity(host, boot, pid_namespace=1, pid=4242, started=1)
     when = {"came": time.time(), "renewed": time.time()}
-    return Card(identity, is_handed_over=False, uid=UID, reader=own_identity(), **when)
+    return Card(
+        identity,
+        is_handed_over=False,
+        uid=UID,
+        is_hard_link=False,
+        reader=own_identity(),
+        **when,
+    )
 
 
 def directory_error(number, use):

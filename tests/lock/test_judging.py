@@ -31,7 +31,15 @@ from others import (
 )
 from sandbox import run_as
 
-from avocado_vt_joblock import kernellock, leftovers, lockfile, marks, scan
+from avocado_vt_joblock import (
+    card,
+    kernellock,
+    leftovers,
+    lockfile,
+    marks,
+    procfs,
+    scan,
+)
 
 # What proc_pid_stat(5) shows of it is to be read from the last parenthesis on.
 ODD_NAME = f"open('/proc/self/comm', 'w').write('a) Z 0 ('); {WAIT}"
@@ -301,6 +309,18 @@ def told_to(directory, *prefix):
     with process(directory, *prefix) as contender:
         told = contender.told
         return told.state, getattr(told, "reason", None)
+
+
+def test_very_many_lock_files_do_not_cost_a_look_each(directory, held, monkeypatch):
+    """After a while nobody asks which process has a file without a card open."""
+    card.remove(held.path)
+    asked = []
+    monkeypatch.setattr(procfs, "has_open", lambda *words: asked.append(words) or True)
+    assert attempt(directory).state == "LIVE"
+    assert asked.pop() == (os.getpid(), Path(held.path).name)
+    monkeypatch.setattr(lockfile, "OPEN_TIMEOUT", -1)
+    assert attempt(directory).state == "LIVE"
+    assert not asked
 
 
 @needs.needs_mount_namespaces

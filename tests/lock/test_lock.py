@@ -1,5 +1,6 @@
 """What one lock does, a second beside it, and what happens to one that is held."""
 
+import errno
 import fcntl
 import os
 import re
@@ -18,7 +19,7 @@ from conftest import WAIT
 from faults import intercepted
 from others import attempt, cards, contend, leave_lock, lock_path, names, process
 
-from avocado_vt_joblock import kernellock, lock, lockdir, lockfile, marks
+from avocado_vt_joblock import card, kernellock, lock, lockdir, lockfile, marks
 
 JOB_ID = "0123456789abcdef0123456789abcdef01234567"
 ends = pytest.mark.parametrize("end", ["release", "hand_over"])
@@ -138,12 +139,40 @@ def test_file_that_vanishes(directory, held, what, end):
     place.rename(directory.with_name("aside"))
     if what != "removed":
         place.touch() if place != directory else place.mkdir()
-    stay = [] if what == "removed" else os.listdir(directory)
+    stay = [] if what == "removed" else sorted(os.listdir(directory))
     with pytest.raises(FileNotFoundError):
         getattr(held, end)()
-    assert os.listdir(directory) == stay
+    assert sorted(os.listdir(directory)) == stay
     getattr(held, end)()
     assert not held.is_held
+    # It does not seem to be this job's, which goes on.
+    found = card.read(held.path)
+    assert found is None or found.is_handed_over
+
+
+def test_descriptor_that_other_code_has_closed(directory, held, tmp_path):
+    """Its number is that of another file now: that is neither asked nor closed."""
+    fd = held._file._fd
+    os.close(fd)
+    with (tmp_path / "other").open("w") as other:
+        os.dup2(other.fileno(), fd)
+        held.release()
+        assert os.listdir(directory) == []
+        os.write(fd, b"written")
+        os.close(fd)
+    assert (tmp_path / "other").read_text() == "written"
+
+
+def test_file_that_another_client_of_nfs_has_removed(directory, held):
+    def hook(name, call):
+        if name == "lstat" and call.args[0] == held.path:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return call()
+
+    Path(held.path).unlink()
+    with intercepted(hook), pytest.raises(FileNotFoundError):
+        held.hand_over()
+    assert os.listdir(directory) == []
 
 
 def test_what_a_crash_has_left(directory, monkeypatch):
