@@ -6,6 +6,8 @@ lines fit a terminal of 80 columns where names are of usual length.
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 
 from avocado_vt_joblock import DIR
@@ -17,6 +19,8 @@ from avocado_vt_joblock.marks import VARIABLE
 #: How many processes are listed.
 PROCESS_LIMIT = 20
 
+#: The program of a guest, for example "/usr/bin/qemu-system-x86_64"; not "qemu-img".
+_GUEST = re.compile(r"(?:\S*/)?(?:qemu(?:-kvm|-system-\S+)?|kvm)")
 _DO_NOT_REMOVE = "Do not remove the file: two jobs at once destroy each other's images."
 _OWN_DIRECTORY = f"""A job that shares no guest images with that one can have a lock
 directory of its own: --vt-joblock-dir DIR, or {DIR}."""
@@ -49,13 +53,13 @@ def on_refusal(file: LockFile, *, has_waited: bool = False) -> str:
     if file.state is State.UNKNOWN:
         return _unknown(file)
     text = on_waiting(file)
+    is_at_work = file.state is State.LIVE and not file.leftovers.processes
+    if is_at_work and not file.is_elsewhere:
+        text += "\nWait until that job is done."
+    text += how_to_wait(os.path.dirname(file.path), has_waited=has_waited)
     if file.is_elsewhere:
-        # This text says already who may remove the file, and when.
-        return text + how_to_wait(has_waited=has_waited)
-    if file.state is State.NOT_NOW:
-        text += how_to_wait(has_waited=has_waited)
-    elif not file.leftovers.processes:
-        text += f"\nWait until that job is done.{how_to_wait(has_waited=has_waited)}"
+        return text  # It says already who may remove the file, and when.
+    if is_at_work:
         text += f"\n{_OWN_DIRECTORY}"
     return f"{text}\n{_DO_NOT_REMOVE}"
 
@@ -87,7 +91,7 @@ def on_showing(file: LockFile, processes: list[JobProcess]) -> str:
     if file.state is not State.STALE:
         text = on_refusal(file)
     elif file.leftovers.obstacle:
-        text = guests_of_others(file)
+        text = guests_of_others(file, "Start no job that uses the same images.")
     else:
         text = f"a stale lock: a later job removes it.{_facts(file)}"
     if processes:
@@ -95,26 +99,38 @@ def on_showing(file: LockFile, processes: list[JobProcess]) -> str:
     return text
 
 
-def how_to_wait(*, has_waited: bool) -> str:
-    """Say how a job waits, or waits longer; the text begins a new line."""
-    longer = " longer" if has_waited else ""
+def how_to_wait(directory: str, *, has_waited: bool) -> str:
+    """Say how a job waits, or waits longer; the text begins a new line.
+
+    :param directory: the lock directory
+    :param has_waited: whether the job has waited
+    """
+    wait = "wait longer" if has_waited else "wait"
+    time = "8h" if has_waited else "2h"
     return f"""
-To have a job wait{longer}, start it with --vt-joblock-timeout 2h.
-To see what runs and who waits: avocado vt-joblock show"""
+To have a job {wait}, start it with --vt-joblock-timeout {time}.
+To see what runs and who waits:
+    avocado vt-joblock show --vt-joblock-dir {shlex.quote(directory)}"""
 
 
-def guests_of_others(file: LockFile) -> str:
-    """Warn of a guest that may run beside this job, and that this user cannot see."""
+def guests_of_others(
+    file: LockFile, if_same: str = "If your job uses the same images, stop it (Ctrl-C)."
+) -> str:
+    """Warn of what may run of a job, and that this user cannot see.
+
+    :param file: the lock of that job
+    :param if_same: what to do if one uses the same images as that job
+    """
     name = owner(file)
-    quoted = shlex.quote(name)
+    directory = shlex.quote(os.path.dirname(file.path))
     return f"""A guest of {name} may still run: a job of {name} has ended,
-and only {name} and root can see what it has left.
-If your job uses the same images, stop it now (Ctrl-C).
-{name} or root looks for it:
-    avocado vt-joblock show
-    pgrep -u {quoted} -af qemu
-When there is nothing, the next job of {name} or of root removes the lock file:
-    {file.path}"""
+and only {name} and root can see its guests, or a copy of images that still runs.
+{if_same}
+{name} or root looks what runs:
+    avocado vt-joblock show --vt-joblock-dir {directory}
+When nothing does, this removes the lock file, as each job of theirs does:
+    avocado vt-joblock run --vt-joblock-dir {directory} true
+The file is {file.path}"""
 
 
 def listed(left: Leftovers) -> str:
@@ -150,14 +166,15 @@ def to_do(left: Leftovers, uid: int | None) -> str:
         return f"""{test} may be cleaning up and restoring images.
 Wait some minutes. To look again:
     ps -o pid,user,stat,etime,args -p {",".join(pids)}"""
-    fds = " ".join(f"/proc/{pid}/fd" for pid in pids)
+    guests = [str(process.pid) for process in processes if _is_guest(process)]
+    fds = " ".join(f"/proc/{pid}/fd" for pid in guests or pids)
     return f"""No test is among them. So nothing will end a guest or restore images.
-Wait for what is at work, such as rsync or qemu-img.
+Wait for what copies or changes images, rsync or qemu-img for example.
 If a guest still runs after one minute, {_user_or_root(uid, processes)} must act:
- 1. See which images they use:
+ 1. See which images it uses:
     ls -l {fds}
- 2. End them:
-    kill {" ".join(pids)}
+ 2. End guests, and nothing else:
+    kill {" ".join(guests) or "PID"}
  3. Check each of these images:
     qemu-img check IMAGE
 Next time, start what must not hold the lock, an agent for example, with:
@@ -224,6 +241,11 @@ def _facts(file: LockFile) -> str:
     return "".join(f"\n    {line}" for line in lines)
 
 
+def _is_guest(process: JobProcess) -> bool:
+    """Tell whether a process is plainly a guest; also one that a script runs."""
+    return any(_GUEST.fullmatch(word) for word in process.command.split()[:2])
+
+
 def _to_do_about_shell(process: JobProcess) -> str:
     return f"""Process {process.pid} has started this job, and was started by that job.
 If it is your shell, end it, or put a new one in its place:
@@ -249,12 +271,15 @@ def _outer(file: LockFile) -> str:
 
 def _unknown(file: LockFile) -> str:
     whose = "" if file.uid is None else f"-u {shlex.quote(owner(file))} "
+    look = f"pgrep {whose}-af 'avocado|qemu'"
+    if file.leftovers.detail.isdigit():
+        look += f"\n    ps -o pid,user,stat,args -p {file.leftovers.detail}"
     remove = "rm -r" if file.flaw is Flaw.NO_REGULAR_FILE else "rm"
     return f"""nobody can tell whether a job still holds the lock:
 {why_unknown(file)}.{_facts(file)}
 So no job runs until {_user_or_root(file.uid, file.leftovers.processes)} does this:
  1. Look for a job, a test or a guest of that user:
-    pgrep {whose}-af 'avocado|qemu'
+    {look}
  2. If there is none:
     {remove} {shlex.quote(file.path)}"""
 

@@ -143,7 +143,7 @@ def _run(command: list[str], mask: set[int]) -> int:
     try:
         pid = _spawn(command, mask)
     except OSError as error:
-        text = f"{command[0]}: {error.strerror}"
+        text = messages.cannot_run(command[0], error)
         telling.tell(text, loggers=(telling.USER_LOG,))
         return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
     return _wait_for(pid)

@@ -66,7 +66,7 @@ def why_stopped(error: BaseException, directory: object) -> str:
     :param directory: the lock directory, as it is set
     """
     if isinstance(error, LockInTheWayError):
-        return _of_other_job(error)
+        return _of_other_job(error, directory)
     if isinstance(error, DirectoryError):
         return _of_directory(error, directory)
     if isinstance(error, options.OptionError):
@@ -99,12 +99,14 @@ def headline(error: BaseException, text: str) -> str:
     return f"{line} User {advice.owner(file)}{pid}, since {local_time(file.since)}."
 
 
-def _of_other_job(error: LockInTheWayError) -> str:
+def _of_other_job(error: LockInTheWayError, directory: object) -> str:
     has_waited = isinstance(error, WaitedInVainError)
     if error.file:
         text = advice.on_refusal(error.file, has_waited=has_waited)
     else:
-        text = _in_line(error.jobs_before) + advice.how_to_wait(has_waited=has_waited)
+        path = os.path.expanduser(str(directory))
+        text = _in_line(error.jobs_before)
+        text += advice.how_to_wait(path, has_waited=has_waited)
     if isinstance(error, WaitedInVainError):
         return f"out of time after {duration(error.waited)}: {text}"
     return text
@@ -114,8 +116,8 @@ def _of_option(error: options.OptionError) -> str:
     if error.option == TIMEOUT:
         return f"""this is not a time to wait:
     {error}
-Give a number of seconds, or a number with s, m, h or d. With 0 a job fails at
-once, with -1 it waits for as long as it takes.
+Give a number of seconds, or a number with s, m, h or d, without a space. With 0
+a job fails at once, with -1 it waits for as long as it takes.
 {_where_to_set("timeout")}"""
     return f"""the lock directory is not an absolute path:
     {error}
@@ -334,6 +336,13 @@ def overview(directory: str, verdict: str, tickets: list[Ticket]) -> str:
         name = user(ticket.card.uid)
         lines.append(f"PID {process.pid}{host} of {name} waits since {came}.")
     return "\n".join(lines)
+
+
+def cannot_run(command: str, error: OSError) -> str:
+    """Say why a command cannot be run."""
+    if isinstance(error, FileNotFoundError):
+        return f"There is no command {command!r}."
+    return f"The command {command!r} cannot be run: {error.strerror}."
 
 
 def option_of_avocado(option: str) -> str:

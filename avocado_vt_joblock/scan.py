@@ -229,8 +229,10 @@ def _read(stat: Stat) -> Process:
     """
     command = procfs.read_command(stat.pid)
     environ = procfs.read_memory(stat.pid, "environ")
-    if environ == b"":
-        environ = _read_environ_of_threads(stat.pid)
+    # Of a process whose first thread has ended, /proc denies the environment to its
+    # own user, and shows no command line.
+    if environ == b"" or (environ is None and not command):
+        environ = _read_environ_of_threads(stat.pid) or environ
     uid = os.stat(f"/proc/{stat.pid}").st_uid
     return Process(stat, uid, command, environ)
 

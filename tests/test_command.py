@@ -290,7 +290,7 @@ def test_job_inside_is_refused_as_nested(sandbox):
 
 @pytest.mark.parametrize("options", [[], ["--vt-joblock-timeout", "1h"]])
 def test_child_that_is_left_keeps_the_lock(sandbox, options):
-    sandbox.first("from avocado_vt_joblock import ending\nending.END_TIMEOUT = 0.2\n")
+    sandbox.first("from avocado_vt_joblock import ending\nending.END_TIMEOUT = 2\n")
     line = "setsid sleep 1000 > /dev/null 2>&1 & echo $!; exit 5"
     text = ended(run(sandbox, *options, "sh", "-c", line), 5)
     child = int(re.search(r"^(\d+)$", text, re.MULTILINE)[1])

@@ -99,7 +99,7 @@ def test_message_of_a_job_that_is_refused(sandbox, holder):
     shown = [block for _, block in BLOCKS if re.match(begin, block)]
     assert len(shown) == 2  # in the README and in the manual
     # What differs; and the manual is on the disk only where it was installed.
-    own = r"(file|PID|user|job id|since): +.*|\nMore: less .*"
+    own = r"(file|PID|user|job id|since|--vt-joblock-dir):? +(?!DIR,).*|\nMore: less .*"
     texts = {words(re.sub(own, r"\1", each)) for each in [message, *shown]}
     assert len(texts) == 1, texts
 

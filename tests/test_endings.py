@@ -85,7 +85,7 @@ def test_nobody_else_runs_until_all_of_a_job_has_ended(impatient, how):
 
 
 def test_next_jobs_after_one_that_was_killed(sandbox):
-    test = sandbox.vt_test("test", starts=SLEEP)
+    test = sandbox.vt_test("test", starts="bash -c 'exec -a qemu-kvm sleep 1000'")
     job = start(sandbox, test)
     (lock,) = sandbox.locks()
     job.kill()
@@ -238,4 +238,5 @@ def test_other_user_is_told_what_is_not_to_be_seen(sandboxes):
     text = ended(other.run(following))
     # A limit that the manual tells.
     told = f"A guest of {SOME_USER} may still run"
-    assert re.search(rf"{told}.*pgrep -u {SOME_USER} -af qemu", text, re.DOTALL)
+    step = f"avocado vt-joblock run --vt-joblock-dir {one.lock_dir} true"
+    assert re.search(rf"{told}.*{re.escape(step)}", text, re.DOTALL)

@@ -155,6 +155,10 @@ def test_never_two_only_if_in_a_row(text):
     ("left", "kills"),
     [
         (Leftovers([process(4), process(5)]), "4 5"),
+        # Only what is plainly a guest: who ends a copy has half an image.
+        (Leftovers([process(4), process(5, command="rsync -a qemu kvm")]), "4"),
+        (Leftovers([process(4, command="sh /bin/qemu-kvm -S")]), "4"),
+        (Leftovers([process(4, command="qemu-img convert a b")]), "PID"),
         (Leftovers([process(4), process(5, test_of="7")]), None),
         (Leftovers([process(4)], Obstacle.RESTLESS), None),
         (Leftovers([process(4)], Obstacle.GUESTS_OF_OTHERS), None),
@@ -231,7 +235,8 @@ def test_job_of_another_host_can_be_waited_for(has_waited):
     told = refusal(error)
     longer = " longer" if has_waited else ""
     assert f"To have a job wait{longer}, start it with --vt-joblock-timeout" in told
-    assert "To see what runs and who waits: avocado vt-joblock show" in told
+    show = "avocado vt-joblock show --vt-joblock-dir '/two words'"
+    assert f"\nTo see what runs and who waits:\n    {show}\n" in told
     assert f"\n    rm '{PATH}'" in told
     assert "Do not remove the file" not in told
 
@@ -314,9 +319,9 @@ def test_first_words_of_the_most_dangerous_state():
     """A guest that may run beside this job, which only others can see."""
     lines = TEXTS["guests"].splitlines()
     assert lines[0].startswith(f"A guest of {UID} may still run")
-    assert "If your job uses the same images, stop it now" in " ".join(lines[:3])
-    assert f"    pgrep -u {UID} -af qemu" in lines
-    assert lines[-1] == f"    {PATH}"
+    assert "If your job uses the same images, stop it (Ctrl-C)" in " ".join(lines[:3])
+    assert "    avocado vt-joblock run --vt-joblock-dir '/two words' true" in lines
+    assert lines[-1] == f"The file is {PATH}"
 
 
 @pytest.mark.parametrize("reason", [*Flaw, *Obstacle])

@@ -353,15 +353,32 @@ def test_end_of_a_job_looks_twice_however_long_it_waits(
     assert (names(directory) == []) == does_end
 
 
-def test_process_whose_first_thread_has_ended(directory, path, start):
-    script = """
+FIRST_THREAD_ENDS = """
 import ctypes, sys, threading
 threading.Thread(target=sys.stdin.read).start()
 print(flush=True)
 ctypes.CDLL(None).pthread_exit(0)"""
-    started = start(env=MARK, script=script)
+
+
+def test_process_whose_first_thread_has_ended(directory, path, start):
+    started = start(env=MARK, script=FIRST_THREAD_ENDS)
     wait_for(lambda: ") Z " in Path(f"/proc/{started.pid}/stat").read_text())
     assert attempt(directory).pids == {started.pid}
+
+
+@needs_other_users
+@pytest.mark.skipif(
+    not os.access("/usr/bin/python3", os.X_OK), reason="no Python that all may run"
+)
+def test_process_of_a_user_whose_first_thread_has_ended(directory, path, start):
+    """To its own user /proc denies the environment then, and that of threads not."""
+    os.chown(path, LONELY_USER, LONELY_USER)
+    identity = [f"--reuid={LONELY_USER}", f"--regid={os.getgid()}", "--clear-groups"]
+    python = ["/usr/bin/python3", "-c", FIRST_THREAD_ENDS]
+    started = start(command=["setpriv", *identity, *python], env=MARK)
+    wait_for(lambda: ") Z " in Path(f"/proc/{started.pid}/stat").read_text())
+    told = attempt_as(LONELY_USER, directory)
+    assert (told.state, getattr(told, "pids", None)) == ("LIVE", {started.pid})
 
 
 BLANK = """
