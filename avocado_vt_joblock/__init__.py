@@ -12,7 +12,7 @@ Its modules. Each one imports only from those below it, and from this file:
 ``telling``     how a job tells its user and its log
 ``messages``    the texts that it tells
 ``advice``      what is said of a lock that is in the way, and what to do about it
-``formats``     how times, users and anybody's words are written
+``formats``     how times, users and untrusted text are written
 ``settings``    the options: registered, and found in config files
 ``options``     the options: parsed and checked
 ``lock``        the protocol: how a job takes the lock and gives it back
@@ -36,6 +36,8 @@ contender    a job that tries to take the lock; one try is an attempt
 holder       the job that has the lock
 lock file    one job's file in the lock directory; "a lock" is short for it
 in the way   said of a lock that keeps a contender from taking its own
+stopped      said of a job that does not run, for whatever reason
+refused      stopped because the lock of another job is in the way
 stale lock   a lock of a job of which no process is seen to run; it stops nobody
 kernel lock  a lock of the kernel on a lock file; it tells whether the holder lives
 card         a symbolic link beside the lock file; it names the process of the job

@@ -114,21 +114,22 @@ To see what runs and who waits:
 
 
 def guests_of_others(
-    file: LockFile, if_same: str = "If your job uses the same images, stop it (Ctrl-C)."
+    file: LockFile,
+    to_do_now: str = "If your job uses the same images, stop it (Ctrl-C).",
 ) -> str:
     """Warn of what may run of a job, and that this user cannot see.
 
     :param file: the lock of that job
-    :param if_same: what to do if one uses the same images as that job
+    :param to_do_now: what to do for whom uses the same images as that job
     """
     name = owner(file)
     directory = shlex.quote(os.path.dirname(file.path))
     return f"""A guest of {name} may still run: a job of {name} has ended,
 and only {name} and root can see its guests, or a copy of images that still runs.
-{if_same}
-{name} or root looks what runs:
+{to_do_now}
+{name} or root can see what runs:
     avocado vt-joblock show --vt-joblock-dir {directory}
-When nothing does, this removes the lock file, as each job of theirs does:
+If nothing does, this removes the lock file, as each job of theirs does:
     avocado vt-joblock run --vt-joblock-dir {directory} true
 The file is {file.path}"""
 
@@ -229,7 +230,7 @@ def _facts(file: LockFile) -> str:
         pid = f"{file.pid or 'unknown'}  {tamed(file.command())}"
         lines.append(f"PID:    {pid.rstrip()}")
         is_alive = file.state in (State.LIVE, State.OUTER)
-        if is_alive and not file.pid_is_here and not file.is_elsewhere:
+        if is_alive and not file.pid_may_be_here and not file.is_elsewhere:
             lines += [
                 "        It is not seen here: it is of another PID namespace, or has",
                 "        ended and has left a child that holds the lock. To see that:",

@@ -55,7 +55,7 @@ class Card:
     identity: Identity
     is_handed_over: bool  # whether its lock file was handed over to leftovers
     uid: int  # the owner of the link
-    is_hard_link: bool  # whether it has other names, which anybody may have made
+    is_hard_link: bool  # whether a stranger, and not its owner, may have put it here
     # Both in seconds since the Epoch, by the clock of the file system:
     came: float  # when the job made the card
     renewed: float  # when the job last renewed it, or when it made it
@@ -202,7 +202,8 @@ def make(lock_path: str) -> None:
         except FileExistsError:
             if os.readlink(path) == _text():
                 _renew(path)
-            else:  # An attempt could not remove its file, and has handed it over.
+            else:
+                # An earlier attempt could not remove its lock file, and handed it over.
                 _replace(path, _text())
 
 

@@ -1,7 +1,7 @@
 """The command ``avocado vt-joblock``, and the options of ``avocado run``.
 
-Avocado loads this module at every start. So the modules that do the work are imported
-only when they are needed.
+Avocado loads this module at every start, after it has made its object ``settings``. The
+modules that do the work are imported only when they are needed.
 """
 
 from __future__ import annotations

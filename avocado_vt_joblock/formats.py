@@ -1,4 +1,4 @@
-"""How times, users and anybody's words are written."""
+"""How times, users and untrusted text are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 #: In seconds, about 30 years: an older time is wrong.
 _LONGEST_AGE = 1e9
-#: How much of a command line or of another text of anybody is shown, in characters.
+#: How much of a command line or of another untrusted text is shown, in characters.
 LIMIT = 160
 
 
@@ -65,14 +65,14 @@ def user(uid: int) -> str:
         return str(uid)
 
 
-def tamed(words: str) -> str:
-    r"""Return anybody's words as one line that is harmless in a terminal and in XML.
+def tamed(text: str) -> str:
+    r"""Return untrusted text as one line that is harmless in a terminal and in XML.
 
     What would turn a terminal red for example is shown as "\x1b[31m".
     """
     # repr() puts the text in quotes. Avocado's results.xml breaks at "]]>".
-    text = repr(words[:LIMIT])[1:-1].replace("]]>", "]] >")
-    return f"{text}..." if len(words) > LIMIT else text
+    line = repr(text[:LIMIT])[1:-1].replace("]]>", "]] >")
+    return f"{line}..." if len(text) > LIMIT else line
 
 
 def count(number: int, singular: str, plural: str) -> str:

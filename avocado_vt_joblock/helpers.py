@@ -52,7 +52,7 @@ def is_helper(words: list[str], started: int) -> bool:
 
 
 def program(words: list[str]) -> str:
-    """Return the program that a command line runs, or "" where there are several.
+    """Return the program that a command line runs, or "" where that is not one.
 
     ["/usr/sbin/dnsmasq", "-k"] runs "/usr/sbin/dnsmasq",
     ["bash", "-c", "tcpdump -i any && echo Xs3fGh2k > /dev/null"] runs "tcpdump", and

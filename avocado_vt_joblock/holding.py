@@ -176,7 +176,7 @@ def _wait_for(pid: int) -> int:
             info = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, POLL_INTERVAL)
         if info and info.si_signo in _PASSED_ON and info.si_code <= 0:
             # By sigaction(2), such a code means that a process has sent the signal, and
-            # not the terminal. To a child of root's, by sudo, it cannot be passed on.
+            # not the terminal. A command that runs as root, by sudo, cannot be sent it.
             with contextlib.suppress(PermissionError):
                 os.kill(pid, info.si_signo)
         ended, status = os.waitpid(pid, os.WNOHANG)

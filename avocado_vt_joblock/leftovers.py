@@ -36,7 +36,7 @@ class JobProcess:
 
     pid: int
     started: int  # in ticks since boot
-    command: str  # anybody's words; the name in brackets where there is no command line
+    command: str  # untrusted text; the name in brackets where there is no command line
     uid: int  # the effective user id
     marks: frozenset[str]  # the names of the locks that it is marked with
     test_of: str  # the id of the job whose test it runs; empty if it runs none
@@ -207,7 +207,7 @@ def _counts_as_guest(process: Process, trace: Trace, scan: Scan) -> bool:
     if os.geteuid() == 0:
         return is_of_other_user  # Root without CAP_SYS_PTRACE, as in many containers.
     if is_of_other_user:
-        return False  # It may be one: GUESTS_OF_OTHERS says that in any case.
+        return False  # It may be one, and the obstacle is GUESTS_OF_OTHERS then.
     # A process of the same user is denied if it has another group: sg(1), newgrp(1).
     return process.uid == trace.uid
 

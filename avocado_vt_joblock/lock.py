@@ -3,7 +3,8 @@
 What it promises, the most important first; ``docs/promises.rst`` has the details:
 
 1. exclusion: no two jobs hold it at once;
-2. it fails closed: where nobody can tell whether it is held, no job gets it;
+2. it fails closed: where nobody can tell whether it is held, no job gets it. But of
+   guests of other users, which an ordinary user never sees, a job is only warned;
 3. progress: one of several jobs that start together gets it;
 4. bounded attempts: each one succeeds or fails within seconds;
 5. no litter: what a killed job has left is removed.
@@ -240,6 +241,7 @@ class JobLock:
 
     def _count_before(self, listing: Listing) -> int:
         """Count the jobs that wait and came before this one."""
+        # Each ticket is an orphan, so without one nobody waits.
         own_card = self._own_card() if listing.orphans else None
         if not own_card:
             return 0
@@ -249,7 +251,7 @@ class JobLock:
         return sum(ticket.turn < own_turn for ticket in tickets)
 
     def _read_others(self, guard: Guard) -> tuple[Listing, list[LockFile]]:
-        """Read the locks of others; go on only if they are of jobs that have ended.
+        """Read the locks of others; return only if all are of jobs that have ended.
 
         Jobs of several hosts have no common guard. If they start together they may see
         each other, and if each of them gave up, none would get the lock. So the one

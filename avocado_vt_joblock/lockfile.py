@@ -49,7 +49,7 @@ class State(enum.IntEnum):
     LIVE = 3  # something of its job still runs: the contender is refused, or waits
     NOT_NOW = 4  # nobody can tell for now: treated like LIVE
     ENDED = 5  # no verdict yet: the job has ended, and what is left of it decides
-    STALE = 6  # nothing of its job is seen to run: it is no obstacle
+    STALE = 6  # nothing of its job is seen to run: it is not in the way
 
     @property
     def is_in_the_way(self) -> bool:
@@ -84,7 +84,7 @@ class LockFile:
     is_held: bool = False  # whether a process has the kernel lock on it
     uses_kernel_lock: bool = True  # whether its writer takes one: avocado-vt does not
     pid: int = 0  # the job's own process, as the file tells; 0 if it does not
-    pid_is_here: bool = True  # False if no process of this PID here can be the job's
+    pid_may_be_here: bool = True  # whether the process of this PID here may be that
     flaw: Flaw | None = None  # what is wrong with the file itself
     flaw_detail: str = ""  # of Flaw.SYSTEM: the words of the system
     # The verdict.
@@ -123,7 +123,7 @@ class LockFile:
 
     def command(self) -> str:
         """Return the command line of its job's own process, where that is seen."""
-        if not self.pid or not self.pid_is_here or not procfs.shows_own_namespace():
+        if not self.pid or not self.pid_may_be_here or not procfs.shows_own_namespace():
             return ""
         words = procfs.read_command_in_time(self.pid)
         return os.fsdecode(words).rstrip("\0").replace("\0", " ")
@@ -170,7 +170,7 @@ def judge_by_leftovers(files: list[LockFile], timeout: float) -> None:
 def _judge(file: LockFile) -> tuple[State, Flaw | None]:
     """Reach the verdict by what was read: the first rule that fits counts.
 
-    :return: the state, with the flaw for which it is UNKNOWN
+    :return: the state, and the flaw of the file that makes it UNKNOWN
     """
     if file.is_elsewhere:
         return State.LIVE, None
@@ -182,9 +182,9 @@ def _judge(file: LockFile) -> tuple[State, Flaw | None]:
         return State.STALE, None  # This host was booted since.
     if not file.pid:
         return State.UNKNOWN, Flaw.NO_PID
-    if file.uses_kernel_lock or not file.pid_is_here:
+    if file.uses_kernel_lock or not file.pid_may_be_here:
         return State.ENDED, None
-    return State.LIVE, None  # It is a lock of avocado-vt, and its PID is here.
+    return State.LIVE, None  # It is a lock of avocado-vt, and its job may be here.
 
 
 def _state_by(left: Leftovers) -> State:
@@ -205,7 +205,7 @@ def _has_started_this(file: LockFile) -> bool:
     if file.name in marks.INHERITED:
         return True
     # sudo(8) and env -i take the mark away.
-    if not file.pid_is_here or file.pid not in procfs.ancestors():
+    if not file.pid_may_be_here or file.pid not in procfs.ancestors():
         return False
     if file.own_card:
         return True  # By the card this PID is certainly that of the job.
@@ -227,7 +227,7 @@ def _read_facts(file: LockFile, deadline: float) -> bool:
         # The file itself is not touched. To do so might hang for as long as the
         # holder's host is silent, or take a delegation (NFS) from it.
         file.uid, file.since = file.card.uid, file.card.came
-        file.pid, file.pid_is_here = file.card.identity.pid, False
+        file.pid, file.pid_may_be_here = file.card.identity.pid, False
         return True
     status = os.lstat(file.path)
     file.uid, file.since = status.st_uid, status.st_mtime
@@ -246,8 +246,7 @@ def _read_facts(file: LockFile, deadline: float) -> bool:
     file.uses_kernel_lock = bool(match and match["uses_kernel_lock"])
     if match and 0 < int(match["pid"]) < 2**31:
         file.pid = int(match["pid"])
-        # Anybody can make very many lock files. Then some are not looked at so closely.
-        file.pid_is_here = time.monotonic() > deadline or _is_pid_here(file)
+        file.pid_may_be_here = _may_be_here(file, deadline)
     # Without the kernel lock the file may have been removed since. If there is another
     # one in its place, that can be ignored: its writer sees this contender.
     return file.is_held or os.path.samestat(os.lstat(file.path), status)
@@ -267,9 +266,10 @@ def _open(path: str, deadline: float) -> int:
             time.sleep(0.005)
 
 
-def _is_pid_here(file: LockFile) -> bool:
+def _may_be_here(file: LockFile, deadline: float) -> bool:
     """Tell whether the process with the PID of a lock file may be its writer.
 
+    :param deadline: until when to look closely at a file without a card
     :return: False only if it is certain that it is another process, or none
     """
     its_card = file.own_card
@@ -278,7 +278,8 @@ def _is_pid_here(file: LockFile) -> bool:
         return is_same and procfs.may_run(file.pid, its_card.identity.started)
     if not procfs.may_run(file.pid):
         return False
-    if not procfs.shows_own_namespace():
+    # Anybody can make very many lock files, and a look may take a while for each.
+    if time.monotonic() > deadline or not procfs.shows_own_namespace():
         return True
     try:
         return _may_have_written(file)

@@ -1,4 +1,4 @@
-"""What a job tells its user and its log, beside what is said of a lock in its way.
+"""What a job tells its user and its log. What is said of a lock is in ``advice``.
 
 ``docs/messages.rst`` has all of it, with what to do.
 """
@@ -25,8 +25,11 @@ TEST_ID = "vt-joblock (the job lock, none of your tests)"
 
 #: The errors that ``why_stopped`` has a text for.
 _STOPPED_BY = (
-    *(LockInTheWayError, DirectoryError, JobIdError),
-    *(options.OptionError, options.OrderError),
+    LockInTheWayError,
+    DirectoryError,
+    JobIdError,
+    options.OptionError,
+    options.OrderError,
 )
 
 # Constants of the command ``avocado vt-joblock``.
@@ -91,7 +94,8 @@ def headline(error: BaseException, text: str) -> str:
     """
     line, _, rest = text.partition("\n")
     if line.endswith(":"):
-        line += f" {rest.partition(chr(10))[0].strip()}"
+        second_line = rest.partition("\n")[0]
+        line += f" {second_line.strip()}"
     file = error.file if isinstance(error, LockInTheWayError) else None
     if not file:
         return line

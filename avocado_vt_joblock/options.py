@@ -52,8 +52,8 @@ class OrderError(ValueError):
 def check_order(order: list[str] | None) -> None:
     """Check the order of plugins before and after a job, if one is set.
 
-    :param order: the names of some plugins, which come first, before and after the job;
-        all others follow by their priorities
+    :param order: the names that are set: Avocado runs these first, both before and
+        after the job, and then all others by their priorities
     :raises OrderError: when some would run without the lock
     """
     if order and (order[0] != FIRST_PLUGIN or LAST_PLUGIN in order):

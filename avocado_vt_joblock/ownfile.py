@@ -59,8 +59,8 @@ class OwnFile:
     def check(self) -> None:
         """Check that the file is still in its place.
 
-        :raises FileNotFoundError: when somebody has removed or replaced it, or when an
-            earlier call, which Ctrl-C has stopped, has closed it
+        :raises FileNotFoundError: when somebody has removed or replaced it, or when it
+            is closed already, by an earlier call that Ctrl-C has stopped
         :raises OSError: when the system does not tell
         """
         if not self._status:
@@ -74,7 +74,7 @@ class OwnFile:
             card.remove(self.path)  # Without its file it is litter.
             raise lockdir.system_error(errno.ENOENT) from None
         if not os.path.samestat(status, self._status):
-            # Otherwise the card would tell of that file that its job lives.
+            # Otherwise the card would make the other file look like a live lock.
             card.hand_over(self.path)
             raise lockdir.system_error(errno.ENOENT)
 
@@ -129,6 +129,7 @@ class OwnFile:
 
         Other code in the job's process may have closed it, and opened another file.
         """
+        # After Ctrl-C in publish() there may be nothing to compare it with.
         if self._fd is None or self._status is None:
             return self._fd
         try:

@@ -1,8 +1,8 @@
 """What Avocado calls before and after a job.
 
 Avocado leaves out a plugin that does not load, and goes on after an exception that it
-does not know: both would run the tests without the lock. So every error here becomes
-an exception that Avocado knows.
+does not know: both would run the tests without the lock. So every error in pre()
+becomes an exception that Avocado knows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class VTJobLock(JobPre):
             try:
                 exception = _stop_without_package(job) or _stop(job, error)
             finally:
-                # This replaces any exception of the line above: Avocado must not go on.
+                # Also after an exception in the line above: Avocado must not go on.
                 raise exception from None
 
 
@@ -134,7 +134,7 @@ def _config_of(job: Job) -> dict[str, Any]:
     """Return what is set for a job."""
     config: dict[str, Any] = job.config
     if config.get("job.replay.enabled"):
-        # Its configuration is the one of the job that it replays, maybe of long ago.
+        # The configuration is that of the replayed job, maybe of long ago.
         from avocado.core.settings import settings
 
         config = settings.as_dict()

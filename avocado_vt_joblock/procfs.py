@@ -17,7 +17,7 @@ COMMAND_TIMEOUT = 1.0
 
 #: PF_KTHREAD of the kernel's include/linux/sched.h, a flag in /proc/PID/stat.
 _KERNEL_THREAD = 0x00200000
-#: The user namespace in which a host begins, by PROC_USER_INIT_INO of the kernel's
+#: The first user namespace of a host, by PROC_USER_INIT_INO of the kernel's
 #: include/linux/proc_ns.h.
 _FIRST_USER_NAMESPACE = "user:[4026531837]"
 #: The number of CAP_SYS_PTRACE in capabilities(7).

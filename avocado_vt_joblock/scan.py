@@ -31,8 +31,8 @@ ROUND_PAUSE = 0.005
 # During an exec(2), and when a process ends, it shows no environment for some
 # microseconds. So a process that shows none is read again in the next rounds. If it
 # never shows one it was started without.
-#: How often such a process is read, at least: on a busy host EXEC_TIME may be over
-#: before the process has had any time of a processor.
+#: How often such a process is read, at least. EXEC_TIME alone is not enough: on a busy
+#: host the process may not have run at all in that time.
 EXEC_READS = 3
 #: How much time is between the first and the last of these reads, at least, in seconds.
 EXEC_TIME = 0.005
@@ -155,7 +155,7 @@ class Scan:
                 some_ended = True
         for pid, started in done_before.items():
             if pid not in listed or not _may_be_the_same(pid, started):
-                # Another process may have this PID now, or soon: it is to be read.
+                # The process has ended. A new one with this PID is to be read.
                 del self._done[pid]
         if some_ended:
             return False

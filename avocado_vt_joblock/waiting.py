@@ -85,7 +85,7 @@ class _Wait:
         """
         if isinstance(error, LockInTheWayError):
             self._tell_of_stale(error.stale)
-        if not self._is_of_use(error):
+        if not self._decide(error):
             self._clear_terminal()
             raise error
         waited = time.monotonic() - self._started
@@ -113,8 +113,8 @@ class _Wait:
         text = messages.stopped_waiting(time.monotonic() - self._started, what)
         telling.tell(text, loggers=(telling.USER_LOG,))
 
-    def _is_of_use(self, error: LockInTheWayError | DirectoryError) -> bool:
-        """Tell whether it is of use to wait, and note since when there is trouble.
+    def _decide(self, error: LockInTheWayError | DirectoryError) -> bool:
+        """Decide whether to wait on, and note since when there is trouble.
 
         Another job ends at some time. A job that has started this one does not end
         before it. Anything else is a trouble: a full disk, a server that does not

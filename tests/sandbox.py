@@ -231,6 +231,10 @@ class VTTest:
         return any(sign in log.read_text() for log in logs)
 
 
+#: What starts a process with the name of a guest.
+GUEST = "bash -c 'exec -a qemu-kvm sleep 1000'"
+
+
 def run_as(uid: int) -> list[str]:
     """Return the prefix of a command to run it as another user.
 

@@ -16,6 +16,7 @@ from needs import SOME_USER, needs_avocado_vt, needs_other_users, needs_recipes
 from others import attempt
 from sandbox import (
     AVOCADO,
+    GUEST,
     assert_refused,
     assert_runs,
     ended,
@@ -85,7 +86,7 @@ def test_nobody_else_runs_until_all_of_a_job_has_ended(impatient, how):
 
 
 def test_next_jobs_after_one_that_was_killed(sandbox):
-    test = sandbox.vt_test("test", starts="bash -c 'exec -a qemu-kvm sleep 1000'")
+    test = sandbox.vt_test("test", starts=GUEST)
     job = start(sandbox, test)
     (lock,) = sandbox.locks()
     job.kill()

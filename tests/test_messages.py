@@ -71,8 +71,8 @@ GUEST = [process(4502)]
 TEST = [process(4481, test_of=f"{7:040x}"), *GUEST]
 IN_THE_WAY = {
     "held": lock_file(State.LIVE, pid=NOBODY),
-    "held in another namespace": lock_file(State.LIVE, pid=1, pid_is_here=False),
-    "held on another host": lock_file(State.LIVE, card=card(), pid_is_here=False),
+    "held in another namespace": lock_file(State.LIVE, pid=1, pid_may_be_here=False),
+    "held on another host": lock_file(State.LIVE, card=card(), pid_may_be_here=False),
     "guest": lock_file(State.LIVE, leftovers=Leftovers(GUEST)),
     "test": lock_file(State.LIVE, leftovers=Leftovers(TEST)),
     "not all seen": lock_file(
@@ -208,14 +208,14 @@ def test_pid():
     told = in_the_way(State.LIVE, pid=os.getpid())
     assert re.search(rf"^    PID:    {os.getpid()}  \S*python\S* ", told, re.MULTILINE)
     assert "fuser" not in told
-    told = in_the_way(State.LIVE, pid=os.getpid(), pid_is_here=False)
+    told = in_the_way(State.LIVE, pid=os.getpid(), pid_may_be_here=False)
     assert f"PID:    {os.getpid()}\n" in told
     assert "of another PID namespace" in told
     assert f"fuser -v '{PATH}'" in told
 
 
 def test_where_a_job_of_another_host_can_be_judged():
-    told = in_the_way(State.LIVE, card=card(), pid=4242, pid_is_here=False)
+    told = in_the_way(State.LIVE, card=card(), pid=4242, pid_may_be_here=False)
     assert "a job on another host holds the lock." in told
     for fact in ("host:   hv3.lab", "PID:    4242\n", "ssh hv3.lab", f"rm '{PATH}'"):
         assert fact in told

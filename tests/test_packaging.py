@@ -186,7 +186,7 @@ def test_nothing_is_killed():
     text = "\n".join(path.read_text() for path in MODULES)
     pattern = r".*(?:\bkillpg\b|os\.kill\(|send_signal|terminate\().*"
     kills = [line.strip() for line in re.findall(pattern, text)]
-    assert sorted(kills) == ["os.kill(file.pid, 0)", "os.kill(pid, info.si_signo)"]
+    assert sorted(kills) == ["os.kill(pid, 0)", "os.kill(pid, info.si_signo)"]
 
 
 def test_make_rpm_says_at_once_what_is_missing(tmp_path):

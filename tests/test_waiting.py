@@ -18,6 +18,7 @@ from others import cards, job_id, leave_lock
 from sandbox import (
     AVOCADO,
     FAILURE,
+    GUEST,
     HANG,
     assert_refused,
     heed_signals,
@@ -214,7 +215,7 @@ def test_job_that_does_not_wait_is_refused_while_others_wait(sandbox, held_lock)
 
 
 def test_waits_for_what_is_left_of_a_killed_job(sandbox):
-    holding = sandbox.vt_test("holder", starts="sleep 1000")
+    holding = sandbox.vt_test("holder", starts=GUEST)
     holder = start(sandbox, holding)
     left = {*running_tests(holder), holding.guest}
     sandbox.change("waiting", **QUICK)

@@ -262,7 +262,7 @@ def test_holder_is_here_though_the_clock_went_forward(directory):
         card_path(Path(holder.told.path)).unlink()
         told = attempt(directory)
         assert (told.state, told.path) == ("LIVE", holder.told.path)
-        assert (told.pid, told.pid_is_here) == (holder.pid, True)
+        assert (told.pid, told.pid_may_be_here) == (holder.pid, True)
 
 
 @needs.needs_other_users
@@ -385,12 +385,12 @@ def test_holder_in_another_pid_namespace(directory, holder, heir):
     with process(directory, *holder) as first:
         with process(directory, *heir) as second:
             assert (second.told.state, second.told.path) == ("LIVE", first.told.path)
-            assert not second.told.pid_is_here
+            assert not second.told.pid_may_be_here
         # Without its card it is the same, but for a /proc of another namespace.
         card_path(Path(first.told.path)).unlink()
         with process(directory, *heir) as second:
             assert (second.told.state, second.told.path) == ("LIVE", first.told.path)
-            assert not (heir and second.told.pid_is_here)
+            assert not (heir and second.told.pid_may_be_here)
         first.kill()
         first.stdout.read()
     # Its PID is somebody else's, which is an older process; inside that of the heir.

@@ -193,7 +193,7 @@ def nothing_by_chance(monkeypatch):
     monkeypatch.setattr(os, "urandom", bytes)
     monkeypatch.setattr(time, "monotonic", lambda: run_schedule.now)
     # Of the locks of this package, as all are, nothing is decided by their PID.
-    monkeypatch.setattr(lockfile, "_is_pid_here", lambda *_, **__: True)
+    monkeypatch.setattr(lockfile, "_may_be_here", lambda *_, **__: True)
     monkeypatch.setattr(procfs, "ancestors", set)
     monkeypatch.setattr(Contender, "holders", 0)
 
