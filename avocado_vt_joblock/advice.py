@@ -21,6 +21,7 @@ PROCESS_LIMIT = 20
 
 #: The program of a guest, for example "/usr/bin/qemu-system-x86_64"; not "qemu-img".
 _GUEST = re.compile(r"(?:\S*/)?(?:qemu(?:-kvm|-system-\S+)?|kvm)")
+_STOP_YOUR_JOB = "If your job uses the same images, stop it (Ctrl-C)."
 _DO_NOT_REMOVE = "Do not remove the file: two jobs at once destroy each other's images."
 _OWN_DIRECTORY = f"""A job that shares no guest images with that one can have a lock
 directory of its own: --vt-joblock-dir DIR, or {DIR}."""
@@ -113,10 +114,7 @@ To see what runs and who waits:
     avocado vt-joblock show --vt-joblock-dir {shlex.quote(directory)}"""
 
 
-def guests_of_others(
-    file: LockFile,
-    to_do_now: str = "If your job uses the same images, stop it (Ctrl-C).",
-) -> str:
+def guests_of_others(file: LockFile, to_do_now: str = _STOP_YOUR_JOB) -> str:
     """Warn of what may run of a job, and that this user cannot see.
 
     :param file: the lock of that job

@@ -25,9 +25,9 @@ from avocado_vt_joblock.lockfile import LockFile
 #: How long to wait for the guard before going on without it, in seconds.
 GUARD_TIMEOUT = 1.0
 #: How long a ticket counts after it was renewed, in seconds. A job that waits renews it
-#: when an attempt begins and when it ends. Without a lock file and without renewal it
-#: is for 7 s at most in an attempt (1 for leases, 5 for processes, 1 for the guard), and
-#: for 2 s between two attempts (1 for the pause, 1 for the guard).
+#: when an attempt begins and when it ends. It is without a lock file for 7 s at most in
+#: an attempt (1 for leases, 5 for processes, 1 for the guard), and for 2 s between two
+#: attempts (1 for the pause, 1 for the guard).
 TICKET_TIMEOUT = 10.0
 #: In seconds: a card or unpublished file that is older, and has no lock file, was left
 #: by a crash.
