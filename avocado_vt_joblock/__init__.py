@@ -41,7 +41,7 @@ refused      stopped because the lock of another job is in the way
 stale lock   a lock of a job of which no process is seen to run; it stops nobody
 kernel lock  a lock of the kernel on a lock file; it tells whether the holder lives
 card         a symbolic link beside the lock file; it names the process of the job
-ticket       the card of a job that waits, and so has no lock file
+ticket       the card of a job that waits: between its attempts it has no lock file
 guard        a flock on the directory; contenders of one host take turns with it
 mark         a variable in the environment of all that a holder starts
 leftovers    processes of a job that still run when it has ended

@@ -118,12 +118,12 @@ def guests_of_others(file: LockFile, to_do_now: str = _STOP_YOUR_JOB) -> str:
     """Warn of what may run of a job, and that this user cannot see.
 
     :param file: the lock of that job
-    :param to_do_now: what to do for whom uses the same images as that job
+    :param to_do_now: what a user of the same images has to do
     """
     name = owner(file)
     directory = shlex.quote(os.path.dirname(file.path))
     return f"""A guest of {name} may still run: a job of {name} has ended,
-and only {name} and root can see its guests, or a copy of images that still runs.
+and only {name} and root can see whether a guest or a copy of images still runs.
 {to_do_now}
 {name} or root can see what runs:
     avocado vt-joblock show --vt-joblock-dir {directory}
@@ -288,6 +288,7 @@ def _user_or_root(uid: int | None, processes: list[JobProcess]) -> str:
 
     :param uid: the user; None where that is unknown
     """
+    # Of a file whose user is unknown, too, only root can be named.
     if not uid or any(process.uid == 0 for process in processes):
         return "root"
     return f"{user(uid)} or root"

@@ -55,7 +55,7 @@ class Card:
     identity: Identity
     is_handed_over: bool  # whether its lock file was handed over to leftovers
     uid: int  # the owner of the link
-    is_hard_link: bool  # whether a stranger, and not its owner, may have put it here
+    is_hard_link: bool  # has it several names? Then anybody may have put it here
     # Both in seconds since the Epoch, by the clock of the file system:
     came: float  # when the job made the card
     renewed: float  # when the job last renewed it, or when it made it

@@ -66,7 +66,7 @@ class Obstacle(enum.Enum):
     HIDDEN = enum.auto()  # /proc is mounted with hidepid
     DENIED = enum.auto()  # a process that may be a guest cannot be read
     RESTLESS = enum.auto()  # processes start and end too fast to read them all
-    GUESTS_OF_OTHERS = enum.auto()  # of another user's job, one sees only the tests
+    GUESTS_OF_OTHERS = enum.auto()  # this user sees another's tests, but not guests
     INTERRUPTED = enum.auto()  # Ctrl-C has ended the look
 
     @property
@@ -198,7 +198,7 @@ class Look:
 
 
 def _counts_as_guest(process: Process, trace: Trace, scan: Scan) -> bool:
-    """Tell whether a process whose environment is denied is taken for a job's guest."""
+    """Tell whether a process may be a guest of a job; its environment is denied."""
     is_of_other_user = os.geteuid() != trace.uid
     if process.stat.started < trace.since or process.stat.is_kernel_thread:
         return False
@@ -207,7 +207,7 @@ def _counts_as_guest(process: Process, trace: Trace, scan: Scan) -> bool:
     if os.geteuid() == 0:
         return is_of_other_user  # Root without CAP_SYS_PTRACE, as in many containers.
     if is_of_other_user:
-        return False  # It may be one, and the obstacle is GUESTS_OF_OTHERS then.
+        return False  # It may be one: _obstacle() says so by GUESTS_OF_OTHERS.
     # A process of the same user is denied if it has another group: sg(1), newgrp(1).
     return process.uid == trace.uid
 

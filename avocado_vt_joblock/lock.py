@@ -136,7 +136,8 @@ class JobLock:
         This is the job's ticket: it keeps the job's place among those that wait.
 
         :param waits: whether the job will try again if this attempt fails
-        :return: the stale locks that were there; one that could not be removed says why
+        :return: the stale locks that were there; one that could not be removed tells
+            why by its ``not_removed``
         :raises LockInTheWayError: when another lock is not stale, or others wait
         :raises DirectoryError: when the system refuses a use of the directory
         """
@@ -241,7 +242,7 @@ class JobLock:
 
     def _count_before(self, listing: Listing) -> int:
         """Count the jobs that wait and came before this one."""
-        # Each ticket is an orphan, so without one nobody waits.
+        # Every ticket is an orphan. So if there are no orphans, nobody waits.
         own_card = self._own_card() if listing.orphans else None
         if not own_card:
             return 0
@@ -342,12 +343,14 @@ def _in_the_way(files: list[LockFile]) -> list[LockFile]:
 
 
 def _is_to_be_removed(file: LockFile) -> bool:
+    """Tell whether a lock is stale, and this job should remove it."""
     # Only its owner and root see whether a guest of its job runs, so they remove it.
     is_for_its_owner = file.leftovers.obstacle is Obstacle.GUESTS_OF_OTHERS
     return file.state is State.STALE and not is_for_its_owner
 
 
 def _can_remove(file: LockFile) -> bool:
+    """Tell whether this job should remove a lock, and the system will let it."""
     # By inode(7) no other user can, if the directory has the sticky bit, as it should.
     is_own = os.geteuid() in (0, file.uid)
     return _is_to_be_removed(file) and is_own

@@ -79,7 +79,7 @@ class ReportedAs:
 
 
 def system_error(code: int) -> OSError:
-    """Return the error that the system has for a number of errno(3)."""
+    """Return the error for a number of errno(3): for ENOENT a FileNotFoundError."""
     return OSError(code, os.strerror(code))
 
 
@@ -188,7 +188,7 @@ class LockDirectory:
         return Listing(lock_names, _orphans(names, lock_names))
 
     def read_locks(self, names: Iterable[str]) -> list[LockFile]:
-        """Read lock files; those of jobs that have ended are not judged yet."""
+        """Read lock files; some are to be judged by leftovers."""
         deadline = time.monotonic() + lockfile.OPEN_TIMEOUT
         files = [lockfile.read(self.join(name), deadline) for name in names]
         return [file for file in files if file]
@@ -243,7 +243,9 @@ def _is_ticket(found: Card, now: float) -> bool:
         # The lock file was removed, maybe by avocado-vt, but not the card.
         return False
     its = found.identity
-    if found.is_of_this_pid_namespace and not procfs.may_run(its.pid, its.started):
+    if found.is_of_this_pid_namespace and not procfs.may_run(
+        its.pid, its.started or None
+    ):
         return False
     # A job that does not wait has such a card, too, for the moment before it publishes
     # its lock file. But only one that waits renews it, after a first failed attempt.

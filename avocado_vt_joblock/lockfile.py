@@ -29,8 +29,8 @@ PREFIX = "avocado-vt-joblock-"
 NAME = re.compile(
     rf"{PREFIX}(?P<job_id>[0-9a-f]{{40}})-[0-9]{{1,10}}-[0-9a-z]{{8}}\.pid"
 )
-#: How long it may take to read all lock files, in seconds, where they are under a lease
-#: or very many.
+#: How long it may take to read all lock files, in seconds. It takes long only if they
+#: are under a lease, or very many.
 OPEN_TIMEOUT = 1.0
 #: How far the clocks that date a file and a process may be apart, in seconds.
 CLOCK_SLACK = 10.0
@@ -118,8 +118,8 @@ class LockFile:
     @property
     def trace(self) -> Trace:
         """What the processes of its job are recognized by."""
-        since = self.own_card.earliest_start if self.own_card else 0
-        return Trace(self.name, self.job_id, self.uid, since)
+        earliest_start = self.own_card.earliest_start if self.own_card else 0
+        return Trace(self.name, self.job_id, self.uid, earliest_start)
 
     def command(self) -> str:
         """Return the command line of its job's own process, where that is seen."""
@@ -130,7 +130,7 @@ class LockFile:
 
 
 def read(path: str, deadline: float) -> LockFile | None:
-    """Read a lock file, and judge it; where its job has ended its state is ENDED.
+    """Read a lock file, and judge it; if only leftovers can tell, its state is ENDED.
 
     :param path: where a file lies that is named like a lock
     :param deadline: until when to wait for it, by the monotonic clock
@@ -247,8 +247,8 @@ def _read_facts(file: LockFile, deadline: float) -> bool:
     if match and 0 < int(match["pid"]) < 2**31:
         file.pid = int(match["pid"])
         file.pid_may_be_here = _may_be_here(file, deadline)
-    # Without the kernel lock the file may have been removed since. If there is another
-    # one in its place, that can be ignored: its writer sees this contender.
+    # If nobody has the kernel lock, the file may have been removed since. If there is
+    # another one in its place, that can be ignored: its writer sees this contender.
     return file.is_held or os.path.samestat(os.lstat(file.path), status)
 
 
@@ -275,7 +275,7 @@ def _may_be_here(file: LockFile, deadline: float) -> bool:
     its_card = file.own_card
     if its_card:
         is_same = its_card.is_of_this_pid_namespace
-        return is_same and procfs.may_run(file.pid, its_card.identity.started)
+        return is_same and procfs.may_run(file.pid, its_card.identity.started or None)
     if not procfs.may_run(file.pid):
         return False
     # Anybody can make very many lock files, and a look may take a while for each.

@@ -89,8 +89,8 @@ class OwnFile:
     def hand_over(self) -> None:
         """Let the file keep others out only while a process runs that the job started.
 
-        Otherwise it would keep others out until this process has ended, and each child
-        that has inherited the open file.
+        With its kernel lock it would keep others out for longer: until this process has
+        ended, and each child that has inherited the open file.
         """
         card.hand_over(self.path)
         fd = self._open_fd()
@@ -105,15 +105,16 @@ class OwnFile:
         """
         with contextlib.suppress(OSError):
             os.unlink(self._unpublished)
+        if keeps_card:
+            # Before it becomes a ticket: the attempt may have taken long.
+            card.make(self.path)
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
         except OSError:
             self.hand_over()  # So the file stops nobody.
             return
-        if keeps_card:
-            card.make(self.path)
-        else:
+        if not keeps_card:
             card.remove(self.path)
 
     def close(self) -> None:

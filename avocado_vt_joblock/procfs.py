@@ -82,7 +82,7 @@ def is_running(pid: int, started: int) -> bool:
 
 
 def may_run(pid: int, started: int | None = None) -> bool:
-    """Tell whether a process may run; also if /proc hides it.
+    """Tell whether a process may still run. If /proc hides it, it may.
 
     :param pid: its PID in the namespace of this process
     :param started: its start time in ticks; None where that is unknown
@@ -214,7 +214,10 @@ def is_in_user_namespace() -> bool:
 
 
 def read_memory(pid: int | str, what: str) -> bytes | None:
-    """Read a file of /proc/PID that shows its memory; None where that is denied."""
+    """Read a file of /proc/PID that shows its memory; None where that is denied.
+
+    :raises FileNotFoundError: when there is no such process
+    """
     try:
         with open(f"/proc/{pid}/{what}", "rb", buffering=0) as file:
             return file.readall()

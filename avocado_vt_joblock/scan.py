@@ -3,8 +3,8 @@
 It must miss no process of a job, though processes start and end while it looks. So it
 makes rounds. In each round it lists /proc, and reads the processes that are new in the
 list. The scan is complete after a round in which it has read every new process before
-that process ended. A process that ended before may have started a child after /proc
-was listed, and only another round shows that child.
+that process ended. If one ended before it was read, it may have started a child after
+/proc was listed. Only another round shows that child.
 
 To read a process may take for ever, if that process waits for storage that is dead. So
 a scan reads in a thread of its own. A thread that cannot go on is left behind.
@@ -110,7 +110,7 @@ class Scan:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the scan is over, or its time: then a process hangs.
+        """Wait until the scan is over, or its time is up: then a process hangs.
 
         :raises Exception: an unforeseen error in the thread
         """
@@ -192,13 +192,13 @@ class Scan:
         """Note a process of which only the PID and the user can be seen.
 
         With hidepid=1 that is all that /proc shows of other users' processes. Its start
-        time is unknown, so it may have started late enough to be of a job.
+        time is unknown: with the time of now it may be of any job.
         """
         self._done[pid] = None
         with contextlib.suppress(OSError):
             uid = os.stat(f"/proc/{pid}").st_uid
             unknown = Stat(
-                pid, "", 0, self._since, has_ended=False, is_kernel_thread=False
+                pid, "", 0, procfs.ticks_ago(0), has_ended=False, is_kernel_thread=False
             )
             self.denied.append(Process(unknown, uid, b"", None))
 
@@ -218,7 +218,7 @@ def _may_be_the_same(pid: int, started: int | None) -> bool:
     """Tell whether a PID may still be that of the process that was read."""
     with contextlib.suppress(PermissionError, FileNotFoundError, ProcessLookupError):
         return procfs.read_stat(pid).started == started
-    # It is hidden, and nobody can tell. Or it has ended, and the next listing lacks it.
+    # It is hidden, and nobody can tell. Or it has ended: the next round removes it.
     return True
 
 

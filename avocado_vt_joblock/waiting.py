@@ -116,10 +116,10 @@ class _Wait:
     def _decide(self, error: LockInTheWayError | DirectoryError) -> bool:
         """Decide whether to wait on, and note since when there is trouble.
 
-        Another job ends at some time. A job that has started this one does not end
-        before it. Anything else is a trouble: a full disk, a server that does not
-        answer, a lock that nobody can judge. At the first attempt it is most likely a
-        mistake that stays. Later it may pass in a minute.
+        Another job ends at some time. A job that has started this one waits for it, so
+        this one gives up. Anything else is a trouble: a full disk, a server that does
+        not answer, a lock that nobody can judge. At the first attempt it is most likely
+        a mistake that stays. Later it may pass in a minute.
         """
         if isinstance(error, LockInTheWayError):
             if error.may_pass:
@@ -140,14 +140,14 @@ class _Wait:
 
     def _tell(self, error: LockInTheWayError | DirectoryError, waited: float) -> None:
         """Tell once what the job waits for, and remind of that from time to time."""
-        seconds = self._timeout - waited
+        seconds_left = self._timeout - waited
         situation = _situation(error)
         now = time.monotonic()
         if situation not in self._told:
             self._told.add(situation)
-            text = messages.waiting(error, seconds)
+            text = messages.waiting(error, seconds_left)
         elif now - self._told_at > REMINDER_INTERVAL:
-            text = messages.still_waiting(waited, seconds)
+            text = messages.still_waiting(waited, seconds_left)
         else:
             return
         self._told_at = now

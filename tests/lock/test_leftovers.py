@@ -806,8 +806,14 @@ def test_slow_look_does_not_hold_the_guard(
     """Whoever comes meanwhile is refused at once, and does not go on without it."""
     storage.hang()
     start(directory, job_id(1), script=LOOKS_FOR_LONG)
-    wait_for(lambda: len(names(directory)) == 2)
-    (first,) = set(names(directory)) - {path.name}
+
+    def published():
+        # While the file is made its card and an unpublished file are there.
+        shown = {name for name in names(directory) if not name.startswith(".")}
+        return shown - {path.name}
+
+    wait_for(published)
+    (first,) = published()
     monkeypatch.setattr(lockdir, "GUARD_TIMEOUT", 1000)
     told = attempt(directory)
     assert (told.state, told.path) == ("LIVE", str(directory / first))
