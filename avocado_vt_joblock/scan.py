@@ -29,8 +29,8 @@ SETTLE_TIMEOUT = 3.0
 ROUND_PAUSE = 0.005
 
 # During an exec(2), and when a process ends, it shows no environment for some
-# microseconds. So a process that shows none is read again in the next rounds. If it
-# never shows one it was started without.
+# microseconds, or that is denied. So such a process is read again in the next rounds.
+# If it never shows one it was started without, or may really not be read.
 #: How often such a process is read, at least. EXEC_TIME alone is not enough: on a busy
 #: host the process may not have run at all in that time.
 EXEC_READS = 3
@@ -203,8 +203,10 @@ class Scan:
             self.denied.append(Process(unknown, uid, b"", None))
 
     def _is_to_be_read_again(self, process: Process) -> bool:
-        """Tell whether a process shows no environment, but may soon show one."""
-        if not process.has_no_environ:
+        """Tell whether a process shows no environment, but soon may, or may end."""
+        # It may have ended since its command line was read, see _read().
+        is_denied = process.environ is None and process.uid == os.geteuid()
+        if not process.has_no_environ and not is_denied:
             return False
         now = time.monotonic()
         key = (process.stat.pid, process.stat.started)
@@ -229,11 +231,13 @@ def _read(stat: Stat) -> Process:
     """
     command = procfs.read_command(stat.pid)
     environ = procfs.read_memory(stat.pid, "environ")
-    # Of a process whose first thread has ended, /proc denies the environment to its
-    # own user, and shows no command line.
-    if environ == b"" or (environ is None and not command):
-        environ = _read_environ_of_threads(stat.pid) or environ
     uid = os.stat(f"/proc/{stat.pid}").st_uid
+    if environ is None and not command and uid == os.geteuid():
+        # When a process or its first thread ends, its environment is gone. Root sees
+        # an empty one then, but to the user of the process it is denied.
+        environ = b""
+    if environ == b"":
+        environ = _read_environ_of_threads(stat.pid)
     return Process(stat, uid, command, environ)
 
 

@@ -548,12 +548,21 @@ def test_kernel_thread_that_may_not_be_read_is_no_guest():
 
 
 @pytest.mark.alone
-def test_busy_host(directory, start):
+@needs_other_users
+@pytest.mark.parametrize("uid", [0, LONELY_USER], ids=["root", "user"])
+def test_busy_host(directory, start, uid):
+    """To a user the environment of each own process is denied when that ends."""
+    user = ["setpriv", f"--reuid={uid}", "--clear-groups"]
     for _ in range(12):
-        start(command=["sh", "-c", "while :; do /bin/true; done"])
-    leave_lock(directory)
+        start(command=[*user, "sh", "-c", "while :; do /bin/true; done"])
+    os.chown(leave_lock(directory), uid, uid)
     states = []
-    wait_for(lambda: states.append(attempt(directory).state) or states[-1] != "NOT_NOW")
+
+    def has_verdict():
+        states.append(attempt_as(uid, directory).state)
+        return states[-1] != "NOT_NOW"
+
+    wait_for(has_verdict)
     assert states[-1] == "WON"
 
 
@@ -760,6 +769,7 @@ except lock.LockInTheWayError as error:
 """
 
 
+@pytest.mark.alone
 @needs_root
 @pytest.mark.parametrize(
     ("script", "words"),
