@@ -76,10 +76,8 @@ def on_waiting(file: LockFile) -> str:
         text = f"{what}{_facts(file)}{listed(file.leftovers)}\n{stopped}"
         return f"{text}\n{to_do(file.leftovers, file.uid)}"
     if file.state is State.NOT_NOW:
-        what = (
-            f"for now nobody can tell whether a job still runs:\n{why_unknown(file)}."
-        )
-        return f"{what}{_facts(file)}"
+        what = "for now nobody can tell whether a job still runs:"
+        return f"{what}\n{why_unknown(file)}.{_facts(file)}"
     return f"another job holds the lock.{_facts(file)}"
 
 
@@ -191,9 +189,8 @@ def who_is_stopped(processes: list[JobProcess], uid: int | None) -> str:
     """
     if any(process.test_of for process in processes):
         return "Until all of that has ended, no job with VT tests runs here."
-    return (
-        f"Until all of that has ended, no job of {_user_or_root(uid, processes)} runs."
-    )
+    whose = _user_or_root(uid, processes)
+    return f"Until all of that has ended, no job of {whose} runs."
 
 
 def why_unknown(file: LockFile) -> str:
@@ -271,7 +268,7 @@ def _outer(file: LockFile) -> str:
 def _unknown(file: LockFile) -> str:
     whose = "" if file.uid is None else f"-u {shlex.quote(owner(file))} "
     look = f"pgrep {whose}-af 'avocado|qemu'"
-    if file.leftovers.detail.isdigit():
+    if file.leftovers.obstacle is Obstacle.DENIED:
         look += f"\n    ps -o pid,user,stat,args -p {file.leftovers.detail}"
     remove = "rm -r" if file.flaw is Flaw.NO_REGULAR_FILE else "rm"
     return f"""nobody can tell whether a job still holds the lock:

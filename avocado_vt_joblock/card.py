@@ -106,6 +106,11 @@ class Card:
             return False
         return procfs.is_running(self.identity.pid, self.identity.started)
 
+    def may_be_of(self, pid: int) -> bool:
+        """Tell whether the process with a PID here may be the job's own process."""
+        started = self.identity.started or None
+        return self.is_of_this_pid_namespace and procfs.may_run(pid, started)
+
 
 def own_identity() -> Identity:
     """Return the identity of this process.

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from avocado_vt_joblock import card, lockfile, procfs
+from avocado_vt_joblock import card, lockfile
 from avocado_vt_joblock.card import Card
 from avocado_vt_joblock.lockfile import LockFile
 
@@ -242,10 +242,8 @@ def _is_ticket(found: Card, now: float) -> bool:
     if found.is_handed_over:
         # The lock file was removed, maybe by avocado-vt, but not the card.
         return False
-    its = found.identity
-    if found.is_of_this_pid_namespace and not procfs.may_run(
-        its.pid, its.started or None
-    ):
+    is_here = found.is_of_this_pid_namespace
+    if is_here and not found.may_be_of(found.identity.pid):
         return False
     # A job that does not wait has such a card, too, for the moment before it publishes
     # its lock file. But only one that waits renews it, after a first failed attempt.

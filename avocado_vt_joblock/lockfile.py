@@ -272,10 +272,8 @@ def _may_be_here(file: LockFile, deadline: float) -> bool:
     :param deadline: until when to look closely at a file without a card
     :return: False only if it is certain that it is another process, or none
     """
-    its_card = file.own_card
-    if its_card:
-        is_same = its_card.is_of_this_pid_namespace
-        return is_same and procfs.may_run(file.pid, its_card.identity.started or None)
+    if file.own_card:
+        return file.own_card.may_be_of(file.pid)
     if not procfs.may_run(file.pid):
         return False
     # Anybody can make very many lock files, and a look may take a while for each.

@@ -337,22 +337,29 @@ def test_every_reason_has_words(reason):
     assert f"pgrep -u {UID} -af 'avocado|qemu'" in text
 
 
+CORRECT, MAKE_ROOM = "\nCorrect the setting.", "\nMake room there."
+MAKE_IT, LOOK = "\nMake it: mkdir -p /locks\n", "look for what cleans"
+
+
 @pytest.mark.parametrize(
-    ("number", "use", "told"),
+    ("number", "use", "told", "remedy"),
     [
-        (errno.ENOENT, Use.OPEN, "does not exist"),
-        (errno.ENOTDIR, Use.OPEN, "is not a directory"),
-        (errno.EACCES, Use.OPEN, "cannot be opened: Permission denied"),
-        (errno.EMFILE, Use.OPEN, "cannot be opened: Too many open files"),
-        (errno.ENOSPC, Use.WRITE, "cannot be written: No space left"),
-        (errno.EROFS, Use.WRITE, "cannot be written: Read-only"),
-        (errno.ENOENT, Use.WRITE, "cannot be written: No such file"),
-        (errno.ENOLCK, Use.LOCK, "locks no files: No locks available"),
+        (errno.ENOENT, Use.OPEN, "does not exist", MAKE_IT),
+        (errno.ENOTDIR, Use.OPEN, "is not a directory", CORRECT),
+        (errno.EACCES, Use.OPEN, "cannot be opened: Permission denied", CORRECT),
+        (errno.EMFILE, Use.OPEN, "cannot be opened: Too many open files", CORRECT),
+        (errno.ENOSPC, Use.WRITE, "cannot be written: No space left", MAKE_ROOM),
+        (errno.EDQUOT, Use.WRITE, "cannot be written: Disk quota", MAKE_ROOM),
+        (errno.EACCES, Use.WRITE, "cannot be written: Permission", CORRECT),
+        (errno.EROFS, Use.WRITE, "cannot be written: Read-only", CORRECT),
+        (errno.ENOENT, Use.WRITE, "cannot be written: No such file", LOOK),
+        (errno.ENOLCK, Use.LOCK, "locks no files: No locks available", CORRECT),
     ],
 )
-def test_what_the_system_refuses(number, use, told):
+def test_what_the_system_refuses(number, use, told, remedy):
     text = refusal(directory_error(number, use))
     assert told in text
+    assert remedy in text
     assert "plugins.vtjoblock.dir = '/locks'\n" in text
 
 
@@ -390,20 +397,6 @@ def test_what_nobody_has_thought_of(name, error):
 )
 def test_headline_says_what_is_wrong(name, line):
     assert line in messages.headline(ERRORS[name], refusal(ERRORS[name]))
-
-
-@pytest.mark.parametrize(
-    ("number", "use", "remedy"),
-    [
-        (errno.ENOENT, Use.OPEN, "Make it: mkdir -p /locks"),
-        (errno.ENOENT, Use.WRITE, "look for what cleans"),
-        (errno.ENOSPC, Use.WRITE, "Make room there."),
-        (errno.EDQUOT, Use.WRITE, "Make room there."),
-        (errno.EACCES, Use.WRITE, "Correct the setting."),
-    ],
-)
-def test_remedy_fits_what_is_wrong_with_the_directory(number, use, remedy):
-    assert remedy in refusal(directory_error(number, use))
 
 
 def test_headline_says_whose_the_lock_is():
