@@ -384,6 +384,16 @@ def test_card_of_a_stranger_frees_no_lock_of_a_job_whose_guest_runs(
     assert attempt(directory).pids == {guest.pid}
 
 
+@pytest.mark.parametrize(
+    ("fields", "state"), [({}, "LIVE"), ({"pid_namespace": 1}, "WON")]
+)
+def test_card_without_a_start_time(directory, fields, state):
+    """That is unknown. What has this PID here may be the job, if it can be."""
+    path = leave_lock(directory, content=LIVE_OF_AVOCADO_VT, age=0)
+    leave_card(path, pid=os.getpid(), started="-", **fields)
+    assert attempt(directory).state == state
+
+
 @needs_root
 def test_hard_link_of_anothers_card_frees_no_lock(directory):
     """Where fs.protected_hardlinks is 0 anybody can make one."""

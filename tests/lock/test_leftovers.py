@@ -446,16 +446,21 @@ def test_other_process_at_each_look(
     wait_for(lambda: attempt(directory).state == "WON")
 
 
-def test_guest_in_the_middle_of_an_exec(directory, path, start, monkeypatch):
-    """For a moment it shows no environment."""
+# Where it is empty, each look asks for that of the only thread, too.
+@pytest.mark.parametrize(
+    ("shown", "asked"), [(b"", 2), (None, 1)], ids=["empty", "denied"]
+)
+def test_guest_in_the_middle_of_an_exec(
+    directory, path, start, monkeypatch, shown, asked
+):
+    """For a moment it shows no environment, or its own user may not read that."""
     guest, looks, read = start(env=MARK), [], procfs.read_memory
 
     def read_too_early(pid, what):
-        # Each look asks for that of the process, and for that of its only thread.
-        is_early = len(looks) < 2 * (scan.EXEC_READS - 1)
+        is_early = len(looks) < asked * (scan.EXEC_READS - 1)
         if what == "environ" and str(guest.pid) in str(pid) and is_early:
             looks.append(pid)
-            return b""
+            return shown
         return read(pid, what)
 
     monkeypatch.setattr(procfs, "read_memory", read_too_early)
